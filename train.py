@@ -1,0 +1,524 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a Vision Transformer on synthetic images or on folders of images, on any mesh.
+
+    python train.py                                                     # one process, synthetic
+    python train.py --data-parallel 2 --tensor-parallel 2 --pipeline-parallel 2   # 8 processes
+    python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir runs/s16
+    python train.py --help
+"""
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence, exit code 2."""
+        self.exit(2, f"train.py: {message}\n")
+
+
+def import_quietly():
+    """Import the engine without its start-up lines about hardware that is not there."""
+    chatter = "libibverbs not available|CUDA driver version is insufficient"
+    with subprocess.Popen(["grep", "-Ev", chatter], stdin=subprocess.PIPE, stdout=2) as grep:
+        stderr = os.dup(2)
+        os.dup2(grep.stdin.fileno(), 2)
+        try:
+            from vit3d import flow
+
+            flow.framework.session_context.GetDefaultSession().TryInit()
+        except ImportError as error:
+            Parser().error(error)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+import_quietly()
+
+import numpy as np
+import oneflow as flow
+from flowvision import datasets, transforms
+from flowvision.data import create_transform
+from oneflow import nn
+from tqdm import tqdm
+
+from vit3d import MODELS, B, S, VisionTransformer, dist
+
+DEMO = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
+
+# 1. Arguments -----------------------------------------------------------------------------------
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a number in [low, high), or (low, high)."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            if not low <= value < high or (open_low and value == low):
+                raise ValueError
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            above = f"above {low}" if open_low else f"at least {low}"
+            below = f" and below {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what} {above}{below}") from None
+        return value
+
+    return parse
+
+
+def stage_list(text):
+    try:
+        return [int(stage) for stage in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be stages such as 0,0,1,1") from None
+
+
+def parse_arguments(argv=None):
+    count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
+    zero_up = number(float, 0)
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        epilog="Sizes that are not given are those of --model; without --model, a small ViT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("mesh").add_argument
+    add("--data-parallel", type=count, default=1, help="replicas, each with its share of a batch")
+    add("--tensor-parallel", type=count, default=1, help="processes that share each layer")
+    add("--pipeline-parallel", type=count, default=1, help="stages, each with some of the layers")
+    add("--stage-ids", type=stage_list, help="stage of each block, such as 0,0,0,1", metavar="IDS")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
+    add("--nnodes", type=count, default=1, help="machines; run the command once on each")
+    add("--node-rank", type=number(int, 0), default=0, help="which of the machines this is")
+    add("--master-addr", default="127.0.0.1", help="address of machine 0")
+    add("--master-port", type=number(int, 1, 65536), help="free port there; default: chosen")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help=", ".join(MODELS))
+    for name in ("img-size", "patch-size", "embed-dim", "depth", "num-heads", "num-classes"):
+        add(f"--{name}", type=count, metavar="N")
+    add("--mlp-ratio", type=positive, metavar="R", help="width of the MLP / embed-dim")
+    for name in ("drop-rate", "attn-drop-rate", "drop-path-rate"):
+        add(f"--{name}", type=rate, default=0.0, metavar="P")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=Path, metavar="DIR", help="DIR/train/CLASS/* and DIR/val/CLASS/*")
+    add("--no-augment", action="store_true", help="only resize: no crops, no flips")
+    add("--workers", type=count, default=2, help="processes that decode, for each process")
+    add = parser.add_argument_group("training").add_argument
+    add("--micro-batch-size", type=count, default=32, help="images per replica and micro-batch")
+    add("--accumulation-steps", type=count, default=1, help="micro-batches per optimizer step")
+    add("--steps", type=count, help="optimizer steps; default: 200, or those of --epochs")
+    add("--epochs", type=count, help="passes over the training images")
+    add("--lr", type=positive, default=1e-3, help="highest learning rate")
+    add("--warmup-steps", type=number(int, 0), help="default: a tenth of all steps")
+    add("--weight-decay", type=zero_up, default=0.05, help="of weights; not of biases and norms")
+    add("--clip-grad", type=zero_up, default=1.0, help="highest norm of all gradients; 0: none")
+    add("--activation-checkpoint", action="store_true", help="recompute blocks to save memory")
+    add("--amp", action="store_true", help="half precision (CUDA)")
+    add("--eager", action="store_true", help="run without nn.Graph")
+    add("--seed", type=number(int, 0, 2**31), default=0)
+    add = parser.add_argument_group("output").add_argument
+    add("--eval-every", type=count, help="steps between validations; there is one at the end")
+    add("--output-dir", type=Path, help="where metrics.jsonl goes")
+    args = parser.parse_args(argv)
+
+    args.world_size = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
+    if args.world_size % args.nnodes or args.node_rank >= args.nnodes:
+        parser.error(f"--nnodes {args.nnodes} must divide {args.world_size} processes, and"
+                     f" --node-rank {args.node_rank} be below it")
+    if args.nnodes > 1 and args.master_port is None:
+        parser.error(f"--nnodes {args.nnodes} needs --master-port, the same on every machine")
+    if args.model is not None and args.model not in MODELS:
+        parser.error(f"--model {args.model!r} must be one of {', '.join(MODELS)}")
+    if args.steps and args.epochs:
+        parser.error(f"--steps {args.steps} and --epochs {args.epochs}: give one of them")
+    if not flow.cuda.is_available() and (args.device == "cuda" or args.amp):
+        parser.error(f"{'--amp' if args.amp else '--device cuda'} needs a GPU; there is none here")
+    if args.eager and (args.amp or args.activation_checkpoint):
+        parser.error("--amp and --activation-checkpoint need the graph; leave out --eager")
+    if args.amp and args.device == "cpu":
+        parser.error("--amp needs CUDA; leave out --device cpu")
+    return args
+
+
+# 2. Data ----------------------------------------------------------------------------------------
+
+
+class SyntheticImages:
+    """Class-dependent patterns under noise; sample i is a function of the seed and i alone."""
+
+    def __init__(self, split, length, num_classes, img_size, seed):
+        self.length, self.num_classes, self.seed, self.split = length, num_classes, seed, split
+        coarse = np.random.default_rng(seed).standard_normal((num_classes, 3, 4, 4))
+        scale = math.ceil(img_size / 4)
+        self.patterns = coarse.repeat(scale, 2).repeat(scale, 3)[:, :, :img_size, :img_size]
+
+    def __len__(self):
+        return self.length
+
+    def label(self, index):
+        return index % self.num_classes
+
+    def image(self, index, epoch):
+        rng = np.random.default_rng([self.seed, self.split == "val", index])
+        pattern = self.patterns[self.label(index)]
+        return (0.5 * pattern + rng.standard_normal(pattern.shape)).astype(np.float32)
+
+
+class UnreadableImage(ValueError):
+    """A file of --data that is not an image."""
+
+
+class FolderImages:
+    """Images in ImageNet's layout, augmented by a function of the seed, the epoch and the index."""
+
+    def __init__(self, split, args, img_size):
+        root = args.data / split
+        if not root.is_dir():
+            raise ValueError(f"--data {args.data} must hold a folder {split}, and {root} is none")
+        try:
+            self.folder = datasets.ImageFolder(str(root))
+        except FileNotFoundError as error:  # no class folder, or a class without images
+            raise ValueError(f"{root}: {str(error).split('Supported')[0].strip()}") from None
+        self.seed, self.num_classes = args.seed, len(self.folder.classes)
+        if args.no_augment:
+            resize = transforms.Resize((img_size, img_size))
+            normalize = create_transform(img_size).transforms[-2:]
+            self.transform = transforms.Compose([resize, *normalize])
+        else:
+            self.transform = create_transform(img_size, split == "train", color_jitter=None)
+
+    def __len__(self):
+        return len(self.folder)
+
+    def label(self, index):
+        return self.folder.targets[index]
+
+    def image(self, index, epoch):
+        path = self.folder.samples[index][0]
+        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
+        random.seed(int(seed)), np.random.seed(seed), flow.manual_seed(int(seed))
+        try:
+            return self.transform(self.folder.loader(path)).numpy()
+        except Exception as error:
+            raise UnreadableImage(f"{path} cannot be read as an image: {error}") from None
+
+
+class Samples(flow.utils.data.Dataset):
+    """What this process needs of a sample: only the first stage reads images."""
+
+    def __init__(self, images):
+        self.images = images
+        self.reads = dist.rank in dist.get_layer_placement(0).ranks
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image = self.images.image(index, epoch) if self.reads else np.zeros((3, 1, 1), np.float32)
+        return image, self.images.label(index)
+
+
+def load(images, batches, workers):
+    """Iterate over numpy batches (images (b, 3, H, W), labels (b,)) of lists of (epoch, index)."""
+
+    def collate(samples):
+        images, labels = zip(*samples)
+        return np.stack(images), np.array(labels)
+
+    return flow.utils.data.DataLoader(
+        Samples(images), batch_sampler=batches, num_workers=workers, collate_fn=collate
+    )
+
+
+def training_batches(length, batch_size, seed, first_step, last_step):
+    """This replica's share of each step's global batch, shuffled by epoch."""
+    share, replica = batch_size // dist.data_parallel_size, dist.get_data_parallel_rank()
+    steps_per_epoch = length // batch_size
+    for step in range(first_step, last_step):
+        epoch, position = divmod(step, steps_per_epoch)
+        if step == first_step or position == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(length)
+        start = position * batch_size + replica * share
+        yield [(epoch, int(i)) for i in order[start : start + share]]
+
+
+def to_global(array, layer_idx):
+    """A replica's numpy array -> the global tensor [S(0), B] on the placement of a layer."""
+    return flow.tensor(array).to_global(
+        placement=dist.get_layer_placement(layer_idx), sbp=dist.get_nd_sbp([S(0), B])
+    )
+
+
+def to_numpy(tensor):
+    """A global tensor -> the whole of it as numpy, on the ranks of the first stage."""
+    tensor = tensor.to_global(sbp=dist.get_nd_sbp([B, B]))
+    return tensor.to_global(placement=dist.get_layer_placement(0)).to_local().numpy()
+
+
+# 3. The step ------------------------------------------------------------------------------------
+
+
+class AdamW(flow.optim.AdamW):
+    """AdamW on two parameter groups, with and without weight decay.
+
+    A graph clips each group by the norm of its own gradients. Clipping by the global norm takes
+    one group, from whose decay the engine excludes variables by name.
+    """
+
+    def _generate_conf_for_graph(self, train_conf, vars_conf):
+        decay, no_decay = super()._generate_conf_for_graph(train_conf, vars_conf)
+        decay.variable_op_names.extend(no_decay.variable_op_names)
+        decay.weight_decay_conf.excludes.pattern.extend(
+            f"^{name}$" for name in no_decay.variable_op_names
+        )
+        del train_conf.optimizer_conf[-1]
+        return [decay]
+
+
+def build_optimizer(model, args):
+    """AdamW without decay on biases, norms, cls_token and pos_embed; warm-up, then cosine."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim > 1 and name not in model.no_weight_decay()].append(parameter)
+    clip = dict(clip_grad_max_norm=args.clip_grad, clip_grad_norm_type=2.0) if args.clip_grad else {}
+    optimizer = AdamW(
+        [
+            dict(params=groups[True], weight_decay=args.weight_decay, **clip),
+            dict(params=groups[False], weight_decay=0.0, **clip),
+        ],
+        lr=args.lr,
+    )
+    scheduler = flow.optim.lr_scheduler.CosineDecayLR(optimizer, decay_steps=args.steps)
+    if args.warmup_steps:
+        scheduler = flow.optim.lr_scheduler.WarmUpLR(
+            scheduler, warmup_factor=1 / args.warmup_steps, warmup_iters=args.warmup_steps
+        )
+    return optimizer, scheduler
+
+
+class TrainGraph(nn.Graph):
+    """Forward, backward and update of one step, compiled into one static graph.
+
+    With gradient accumulation the engine cuts its inputs into micro-batches; with stage ids it
+    runs these through the pipeline as 1F1B does.
+    """
+
+    def __init__(self, model, optimizer, scheduler, args):
+        super().__init__()
+        self.model = model
+        self.add_optimizer(optimizer, lr_sch=scheduler)
+        self.config.set_gradient_accumulation_steps(args.accumulation_steps)
+        if args.amp:  # not run: no GPU was at hand
+            self.config.enable_amp(True)
+            self.set_grad_scaler(flow.amp.GradScaler())
+        if args.activation_checkpoint:
+            for block in self.model.blocks:
+                block.to(nn.graph.GraphModule).activation_checkpointing = True
+        VisionTransformer.set_pipeline_stage_id(self.model)
+
+    def build(self, images, labels):
+        losses = self.model(images, labels)["losses"]
+        losses.backward()
+        return losses
+
+
+def eager_step(model, optimizer, args, images, labels):
+    """The same step without a graph, micro-batch by micro-batch."""
+    total = 0
+    n = args.accumulation_steps
+    for image, label in zip(np.split(images, n), np.split(labels, n)):
+        losses = model(to_global(image, 0), to_global(label, -1))["losses"] / n
+        losses.backward()
+        total = total + losses.detach()
+    if args.clip_grad:
+        nn.utils.clip_grad_norm_(list(model.parameters()), args.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def evaluate(model, images, args):
+    """Validation loss, top-1 and top-5 accuracy, each image counted once, on rank 0."""
+    replicas, size = dist.data_parallel_size, args.micro_batch_size
+    mine = list(range(dist.get_data_parallel_rank(), len(images), replicas))
+    batches = math.ceil(len(images) / (replicas * size))
+    padded = (mine + [0] * (batches * size))[: batches * size]  # replicas need equal batches
+    keys = [[(0, i) for i in padded[b * size : (b + 1) * size]] for b in range(batches)]
+    sums = np.zeros(4)  # loss, top-1, top-5, images
+    model.eval()
+    with flow.no_grad():
+        for b, (image, label) in enumerate(load(images, keys, args.workers)):
+            logits = model(to_global(image, 0))["prediction_scores"].to_local().numpy()
+            if logits.size:  # on the last stage
+                real = min(size, len(mine) - b * size)
+                logits, label = logits[:max(real, 0)].astype(np.float64), label[: max(real, 0)]
+                logits -= logits.max(-1, keepdims=True, initial=-np.inf)
+                true = np.take_along_axis(logits, label[:, None], 1)
+                better = (logits > true).sum(1)
+                losses = np.log(np.exp(logits).sum(1)) - true[:, 0]
+                sums += losses.sum(), (better < 1).sum(), (better < 5).sum(), len(label)
+    model.train()
+    whole = to_numpy(to_global(sums[None], -1))  # (1, 4) of each replica -> (replicas, 4)
+    if dist.rank == 0:
+        loss, top1, top5, seen = whole.sum(0)
+        return dict(val_loss=loss / seen, top1=top1 / seen, top5=top5 / seen, images=int(seen))
+
+
+# 4. The run -------------------------------------------------------------------------------------
+
+
+def build(args):
+    """Set the mesh up; return the model and the two data sets. ValueError: a user's mistake."""
+    sizes = dict(MODELS[args.model] if args.model else DEMO)
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+        if getattr(args, name) is not None:
+            sizes[name] = getattr(args, name)
+    img_size = sizes.setdefault("img_size", 224)
+    dist.setup(
+        args.data_parallel,
+        args.tensor_parallel,
+        args.pipeline_parallel,
+        pipeline_num_layers=sizes["depth"],
+        custom_pipeline_stage_id=args.stage_ids,
+        device_type=args.device,
+    )
+    if args.data:
+        train, val = (FolderImages(split, args, img_size) for split in ("train", "val"))
+        if train.folder.classes != val.folder.classes:
+            odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
+            raise ValueError(f"{args.data}: train and val must hold the same classes, not {odd}")
+        classes = args.num_classes or train.num_classes
+        if classes < train.num_classes:
+            raise ValueError(f"--num-classes {classes} is below the {train.num_classes} folders")
+    else:
+        classes = args.num_classes or 10
+        train = SyntheticImages("train", 4096, classes, img_size, args.seed)
+        val = SyntheticImages("val", 1000, classes, img_size, args.seed)
+        args.workers = 0  # drawing is quick
+    args.batch_size = args.micro_batch_size * args.accumulation_steps * args.data_parallel
+    if len(train) < args.batch_size:
+        raise ValueError(f"a batch of {args.batch_size} images is more than the {len(train)} there are")
+    args.steps = args.steps or (args.epochs * (len(train) // args.batch_size) if args.epochs else 200)
+    if args.warmup_steps is None:
+        args.warmup_steps = args.steps // 10
+    if args.warmup_steps > args.steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps} is more than all {args.steps} steps")
+    flow.manual_seed(args.seed)
+    model = VisionTransformer(
+        **sizes,
+        drop_rate=args.drop_rate,
+        attn_drop_rate=args.attn_drop_rate,
+        drop_path_rate=args.drop_path_rate,
+        num_classes=classes,
+    )
+    return model, train, val
+
+
+def fit(args, model, train, val):
+    """Train, validate and report; rank 0 prints and writes."""
+    optimizer, scheduler = build_optimizer(model, args)
+    graph = None if args.eager else TrainGraph(model, optimizer, scheduler, args)
+    bar, metrics = tqdm(disable=True), None
+    if dist.rank == 0:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{dist}\n{count:,} parameters, {args.batch_size} images a step, {args.steps} steps")
+        bar = tqdm(total=args.steps, unit="step", disable=not sys.stderr.isatty())
+        if args.output_dir:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            metrics = open(args.output_dir / "metrics.jsonl", "w", buffering=1)
+
+    def report(**record):
+        if metrics:
+            print(json.dumps(record), file=metrics)
+        if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
+            text = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+            left = (args.steps - step) / step * (time.perf_counter() - start)
+            bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
+
+    model.train()
+    start = now = time.perf_counter()
+    batches = training_batches(len(train), args.batch_size, args.seed, 0, args.steps)
+    for step, (images, labels) in enumerate(load(train, batches, args.workers), 1):
+        lr = optimizer.param_groups[0]["lr"]
+        if args.eager:
+            losses = eager_step(model, optimizer, args, images, labels)
+        else:
+            losses = graph(to_global(images, 0), to_global(labels, -1))
+        scheduler.step()  # a graph keeps its own count of steps: here it is for the report
+        loss = to_numpy(losses)
+        if dist.rank == 0:
+            before, now = now, time.perf_counter()
+            speed = round(args.batch_size / (now - before), 1)
+            report(step=step, loss=float(loss.mean()), lr=lr, images_per_s=speed)
+            bar.set_postfix(loss=f"{loss.mean():.4f}", lr=f"{lr:.1e}", images_per_s=speed)
+            bar.update()
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            result = evaluate(model, val, args)
+            if dist.rank == 0:
+                report(step=step, **result)
+    bar.close()
+
+
+def launch(args):
+    """Start this machine's share of the processes; return the exit code of the run."""
+    from oneflow.distributed import launch
+
+    if args.master_port is None:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            args.master_port = free.getsockname()[1]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the launcher says that it sets it
+    sys.argv = [
+        "launch",
+        *("--nproc_per_node", str(args.world_size // args.nnodes)),
+        *("--nnodes", str(args.nnodes), "--node_rank", str(args.node_rank)),
+        *("--master_addr", args.master_addr, "--master_port", str(args.master_port)),
+        *sys.argv,
+    ]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its "Killing subprocess" lines
+            launch.main()
+    except subprocess.CalledProcessError as error:
+        if error.returncode != 2:  # 2: a process has told its user what was wrong
+            print(f"train.py: a process ended with {error.returncode}", file=sys.stderr)
+        return max(error.returncode, 1)
+    return 0
+
+
+def fail(message, tell=True):
+    """One sentence and exit code 2, at once: a clean exit would wait for the other processes."""
+    if tell:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def main():
+    args = parse_arguments()
+    if args.world_size > 1 and "RANK" not in os.environ:
+        sys.exit(launch(args))
+    # A launcher that dies, however it dies, takes its processes along: 1 is PR_SET_PDEATHSIG.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    try:
+        job = build(args)
+    except ValueError as error:  # all processes find the same mistake, one tells of it
+        fail(error, tell=dist.rank == 0)
+    try:
+        fit(args, *job)
+    except UnreadableImage as error:  # comes out of a reader with the reader's traceback before it
+        tell = dist.rank % dist.tensor_parallel_size == 0  # all shards of a replica read the file
+        fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], tell)
+
+
+if __name__ == "__main__":
+    main()
