@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 
@@ -56,6 +57,9 @@ from oneflow import nn
 from tqdm import tqdm
 
 from vit3d import MODELS, B, S, VisionTransformer, dist
+
+# flowvision's own create_transform passes what its Resize warns of.
+warnings.filterwarnings("ignore", "Argument interpolation should be")
 
 DEMO = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
@@ -333,19 +337,37 @@ class TrainGraph(nn.Graph):
         return losses
 
 
-def eager_step(model, optimizer, args, images, labels):
-    """The same step without a graph, micro-batch by micro-batch."""
-    total = 0
-    n = args.accumulation_steps
-    for image, label in zip(np.split(images, n), np.split(labels, n)):
-        losses = model(to_global(image, 0), to_global(label, -1))["losses"] / n
-        losses.backward()
-        total = total + losses.detach()
-    if args.clip_grad:
-        nn.utils.clip_grad_norm_(list(model.parameters()), args.clip_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
+class Trainer:
+    """Model, optimizer and schedule; `step` trains on one batch, through a graph or eagerly."""
+
+    def __init__(self, model, args):
+        self.model, self.args = model.train(), args
+        self.optimizer, self.scheduler = build_optimizer(model, args)
+        if not args.eager:
+            self.graph = TrainGraph(model, self.optimizer, self.scheduler, args)
+
+    def step(self, images, labels):
+        """A replica's batch as numpy -> (mean loss, on rank 0 alone; learning rate)."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.args.eager:
+            losses = self.eager_step(images, labels)
+        else:
+            losses = self.graph(to_global(images, 0), to_global(labels, -1))
+        self.scheduler.step()  # a graph keeps its own count of steps: here it is for `lr`
+        losses = to_numpy(losses)
+        return (float(losses.mean()) if dist.rank == 0 else None), lr
+
+    def eager_step(self, images, labels):
+        n, total = self.args.accumulation_steps, 0
+        for image, label in zip(np.split(images, n), np.split(labels, n)):
+            losses = self.model(to_global(image, 0), to_global(label, -1))["losses"] / n
+            losses.backward()
+            total = total + losses.detach()
+        if self.args.clip_grad:
+            nn.utils.clip_grad_norm_(list(self.model.parameters()), self.args.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
 
 
 def evaluate(model, images, args):
@@ -427,8 +449,7 @@ def build(args):
 
 def fit(args, model, train, val):
     """Train, validate and report; rank 0 prints and writes."""
-    optimizer, scheduler = build_optimizer(model, args)
-    graph = None if args.eager else TrainGraph(model, optimizer, scheduler, args)
+    trainer = Trainer(model, args)
     bar, metrics = tqdm(disable=True), None
     if dist.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -446,22 +467,15 @@ def fit(args, model, train, val):
             left = (args.steps - step) / step * (time.perf_counter() - start)
             bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
 
-    model.train()
     start = now = time.perf_counter()
     batches = training_batches(len(train), args.batch_size, args.seed, 0, args.steps)
     for step, (images, labels) in enumerate(load(train, batches, args.workers), 1):
-        lr = optimizer.param_groups[0]["lr"]
-        if args.eager:
-            losses = eager_step(model, optimizer, args, images, labels)
-        else:
-            losses = graph(to_global(images, 0), to_global(labels, -1))
-        scheduler.step()  # a graph keeps its own count of steps: here it is for the report
-        loss = to_numpy(losses)
+        loss, lr = trainer.step(images, labels)
         if dist.rank == 0:
             before, now = now, time.perf_counter()
             speed = round(args.batch_size / (now - before), 1)
-            report(step=step, loss=float(loss.mean()), lr=lr, images_per_s=speed)
-            bar.set_postfix(loss=f"{loss.mean():.4f}", lr=f"{lr:.1e}", images_per_s=speed)
+            report(step=step, loss=loss, lr=lr, images_per_s=speed)
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
             bar.update()
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             result = evaluate(model, val, args)
@@ -496,16 +510,19 @@ def launch(args):
     return 0
 
 
-def fail(message, tell=True):
+def fail(message, tell):
     """One sentence and exit code 2, at once: a clean exit would wait for the other processes."""
     if tell:
         print(f"train.py: {message}", file=sys.stderr, flush=True)
+    if os.fork() == 0:  # the others abort on a closed connection: hold it until they are ended
+        os.closerange(0, 3)
+        time.sleep(3)
     os._exit(2)
 
 
 def main():
     args = parse_arguments()
-    if args.world_size > 1 and "RANK" not in os.environ:
+    if args.world_size > 1 and dist.world_size == 1:
         sys.exit(launch(args))
     # A launcher that dies, however it dies, takes its processes along: 1 is PR_SET_PDEATHSIG.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

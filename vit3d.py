@@ -57,6 +57,8 @@ def _wait_for_rank_0(seconds=300):
 
 _wait_for_rank_0()
 try:
+    import numpy as np
+
     try:
         import oneflow as flow
     except ImportError:  # the packages are not beside oneflow's own, where its rpath looks for them
@@ -201,6 +203,11 @@ class Dist:
 dist = Dist()
 
 
+def distribute(tensor, placement, sbp):
+    """A local CPU tensor, the same on every rank -> a global one, of which each keeps its part."""
+    return tensor.to_global(placement=placement, sbp=dist.get_nd_sbp([B, B])).to_global(sbp=sbp)
+
+
 def new_parameter(tensor, sbp=(B, B), layer_idx=0):
     """A local CPU tensor, the same on every rank -> a parameter on the layer's placement.
 
@@ -208,8 +215,7 @@ def new_parameter(tensor, sbp=(B, B), layer_idx=0):
     would draw each part by itself, so that one seed would give other weights on another mesh.
     """
     placement = dist.get_layer_placement(layer_idx)
-    tensor = tensor.to_global(placement=placement, sbp=dist.get_nd_sbp([B, B]))
-    return nn.Parameter(tensor.to_global(sbp=dist.get_nd_sbp(list(sbp))))
+    return nn.Parameter(distribute(tensor, placement, dist.get_nd_sbp(list(sbp))))
 
 
 # 3. Layers, small to large ----------------------------------------------------------------------
@@ -571,3 +577,49 @@ class VisionTransformer(nn.Module):
             set_stage(module, nn.graph.GraphModule, 0)
         for module in (model.norm, model.head, model.loss_func):
             set_stage(module, nn.graph.GraphModule, -1)
+
+
+# 5. Weights from elsewhere ----------------------------------------------------------------------
+
+TIMM_NAMES = {
+    "input_layernorm": "norm1",
+    "self_attention.query_key_value": "attn.qkv",
+    "self_attention.dense": "attn.proj",
+    "post_attention_layernorm": "norm2",
+    "mlp.dense_h_to_4h": "mlp.fc1",
+    "mlp.dense_4h_to_h": "mlp.fc2",
+}
+
+
+def timm_name(name):
+    """The name of a parameter in timm and flowvision."""
+    for ours, theirs in TIMM_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def load_timm_state_dict(model, state_dict):
+    """Load arrays under timm's names, flowvision's too, into the model, on any mesh.
+
+    q, k and v, one after the other in timm, go side by side within each head. timm's models have a
+    `layer_norm_eps` of 1e-6. Raises ValueError that names what is missing, surplus or misshapen.
+    """
+    ours = {timm_name(name): parameter for name, parameter in model.named_parameters()}
+    arrays = {k: np.asarray(v.numpy() if hasattr(v, "numpy") else v) for k, v in state_dict.items()}
+    wrong = [f"{name} is missing" for name in ours.keys() - arrays.keys()]
+    wrong += [f"{name} is not in the model" for name in arrays.keys() - ours.keys()]
+    wrong += [
+        f"{name} has shape {arrays[name].shape} for {tuple(ours[name].shape)}"
+        for name in ours.keys() & arrays.keys()
+        if arrays[name].shape != tuple(ours[name].shape)
+    ]
+    if wrong:
+        raise ValueError("; ".join(sorted(wrong)))
+    heads = model.blocks[0].self_attention.num_heads
+    for name, parameter in ours.items():
+        array = arrays[name]
+        if ".qkv." in name:  # (3, heads, head_size, ...) -> (heads, 3, head_size, ...)
+            split = array.reshape(3, heads, array.shape[0] // (3 * heads), -1)
+            array = split.swapaxes(0, 1).reshape(array.shape)
+        tensor = flow.tensor(np.ascontiguousarray(array, np.float32))
+        parameter.data.copy_(distribute(tensor, parameter.placement, parameter.sbp))

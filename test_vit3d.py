@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each mesh computes what one process computes, and its axes are real.
+
+Started by pytest, this file launches itself as the processes of a mesh: `workers(n, job)` runs the
+function `job` in n processes of OneFlow's launcher, each of which writes what it saw to a file.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).parent
+LAUNCH = "import vit3d; from oneflow.distributed import launch; launch.main()"
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return str(free.getsockname()[1])
+
+
+def workers(n, job, out):
+    """Run `job(out)` in n processes; return each rank's arrays by name."""
+    out.mkdir()
+    launcher = ["--nproc_per_node", str(n), "--master_port", free_port()]
+    command = [sys.executable, "-c", LAUNCH, *launcher, __file__, job.__name__, str(out)]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr
+    return [dict(np.load(out / f"{rank}.npz")) for rank in range(n)]
+
+
+def train_py(*flags, launcher=(), timeout=200):
+    """Run train.py to its end."""
+    command = [sys.executable, *launcher, "train.py", *map(str, flags)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=timeout)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Every mesh against one process -----------------------------------------------------------------
+
+MESHES = {
+    n: [mesh for mesh in itertools.product((1, 2, 4), repeat=3) if np.prod(mesh) == n]
+    for n in (1, 2, 4, 8)
+}
+VARIANTS = {
+    "graph": [],
+    "eager": ["--eager"],
+    "accumulation": ["--accumulation-steps", "2"],
+    "eager-accumulation": ["--eager", "--accumulation-steps", "2"],
+    "checkpoint": ["--activation-checkpoint"],
+}
+CASES = [
+    (mesh, variant)
+    for n in MESHES
+    for mesh in MESHES[n]
+    for variant in VARIANTS
+    if n > 1 and (variant in ("graph", "eager") or mesh == (2, 2, 2))
+]
+
+
+def depth_of(mesh):
+    return 4 if mesh[2] == 4 else 2
+
+
+def train_on_every_mesh(out):
+    """Ten steps on each mesh of this many processes, by train.py's own code."""
+    import train
+    from vit3d import dist
+
+    seen = {}
+    cases = [(*case, depth_of(case[0])) for case in CASES if np.prod(case[0]) == dist.world_size]
+    if dist.world_size == 1:  # what the others are held against
+        cases = [((1, 1, 1), variant, depth) for variant in ("graph", "eager") for depth in (2, 4)]
+    for mesh, variant, depth in cases:
+        flags = ["--img-size", 16, "--patch-size", 4, "--embed-dim", 32, "--depth", depth]
+        flags += ["--num-heads", 4, "--steps", 10, "--num-classes", 2, "--lr", 0.005, *VARIANTS[variant]]
+        flags += ["--weight-decay", 0.5]
+        for axis, size in zip(("data", "tensor", "pipeline"), mesh):
+            flags += [f"--{axis}-parallel", size]
+        micro_batches = mesh[0] * (2 if "accumulation" in variant else 1)
+        flags += ["--micro-batch-size", 16 // micro_batches]
+        args = train.parse_arguments(list(map(str, flags)))
+        model, images, _ = train.build(args)
+        name = "x".join(map(str, mesh)) + f"-{variant}-{depth}"
+        parameters = list(model.named_parameters())
+        if variant == "graph":
+            for key, value in parameters:
+                seen[f"{name}/part/{key}"] = value.to_local().numpy()
+                seen[f"{name}/first/{key}"] = train.to_numpy(value)
+        trainer = train.Trainer(model, args)
+        for group in trainer.optimizer.param_groups:
+            # Adam divides by the size of the gradient. That of a key's bias is zero but for
+            # rounding, which eps 1e-8 would let become whole steps, different on each mesh.
+            group["eps"] = 1e-5
+        batches = train.training_batches(len(images), args.batch_size, args.seed, 0, args.steps)
+        losses = [trainer.step(*batch)[0] for batch in train.load(images, batches, 0)]
+        if dist.rank == 0:
+            seen[f"{name}/losses"] = np.array(losses)
+        for key, value in parameters:
+            seen[f"{name}/last/{key}"] = train.to_numpy(value)
+    np.savez(out / f"{dist.rank}.npz", **seen)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """runs(n): what each of n ranks saw on all meshes of n processes; started when first asked."""
+    done, folder = {}, tmp_path_factory.mktemp("meshes")
+
+    def run(n):
+        if n not in done:
+            done[n] = workers(n, train_on_every_mesh, folder / str(n))
+        return done[n]
+
+    return run
+
+
+def name_of(mesh, variant):
+    return "x".join(map(str, mesh)) + f"-{variant}-{depth_of(mesh)}"
+
+
+def those(seen, prefix):
+    """Entries whose names start with the prefix, without it."""
+    return {k[len(prefix) :]: v for k, v in seen.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("mesh, variant", CASES)
+def test_ten_steps_give_the_losses_and_weights_of_one_process(runs, mesh, variant):
+    here, name = runs(np.prod(mesh))[0], name_of(mesh, variant)
+    mode = "eager" if "eager" in variant else "graph"
+    one = those(runs(1)[0], f"1x1x1-{mode}-{depth_of(mesh)}/")
+    np.testing.assert_allclose(here[f"{name}/losses"], one["losses"], rtol=0, atol=1e-5)
+    for key, want in those(one, "last/").items():
+        got = here[f"{name}/last/{key}"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5, err_msg=key)
+        before = runs(1)[0][f"1x1x1-graph-{depth_of(mesh)}/first/{key}"]
+        assert abs(want - before).max() > 1e-3, key  # all of it is trained
+
+
+GRAPHS = [case[0] for case in CASES if case[1] == "graph"]
+
+
+@pytest.mark.parametrize("mesh", GRAPHS)
+def test_one_seed_gives_the_same_weights_to_the_bit(runs, mesh):
+    here = those(runs(np.prod(mesh))[0], name_of(mesh, "graph") + "/first/")
+    one = those(runs(1)[0], f"1x1x1-graph-{depth_of(mesh)}/first/")
+    assert here.keys() == one.keys()
+    assert all(np.array_equal(here[key], one[key]) for key in one)
+
+
+@pytest.mark.parametrize("mesh", GRAPHS)
+def test_each_rank_holds_its_slice_of_the_layers_of_its_stage_and_nothing_else(runs, mesh):
+    data, tensor, stages = mesh
+    blocks = depth_of(mesh)
+    columns, rows = ("query_key_value.", "dense_h_to_4h."), ("attention.dense.w", "4h_to_h.w")
+    whole = those(runs(1)[0], f"1x1x1-graph-{blocks}/first/")
+    for rank, seen in enumerate(runs(np.prod(mesh))):
+        stage, shard = rank // (data * tensor), rank % tensor
+        for key, want in whole.items():
+            if key.startswith("blocks"):
+                home = int(key.split(".")[1]) * stages // blocks
+            else:
+                home = stages - 1 if key.startswith(("norm", "head")) else 0
+            part = seen[f"{name_of(mesh, 'graph')}/part/{key}"]
+            if home != stage:
+                assert part.size == 0, (rank, key)
+                continue
+            if any(word in key for word in columns):
+                want = np.split(want, tensor, 0)[shard]
+            elif any(word in key for word in rows):
+                want = np.split(want, tensor, 1)[shard]
+            assert np.array_equal(part, want), (rank, key)
+
+
+# One mesh of four processes, looked at closely --------------------------------------------------
+
+
+def images_and_labels(n, size, classes):
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((n, 3, size, size)).astype("f4"), rng.integers(0, classes, n)
+
+
+def as_in_the_reference():
+    """A small model in the way of LiBai's tutorial, its own parameters and initialization too."""
+    import oneflow as flow
+    from flowvision.layers.weight_init import trunc_normal_
+    from oneflow import nn
+
+    from vit3d import LayerNorm, Linear, PatchEmbedding, TransformerLayer, dist
+
+    class Reference(nn.Module):
+        def __init__(self, width=8, depth=2, num_classes=3):
+            super().__init__()
+            self.patch_embed = PatchEmbedding(
+                img_size=8, patch_size=4, in_chans=3, embed_dim=width
+            )
+            broadcast = dict(
+                sbp=dist.get_nd_sbp([flow.sbp.broadcast, flow.sbp.broadcast]),
+                placement=dist.get_layer_placement(0),
+            )
+            self.cls_token = nn.Parameter(flow.zeros(1, 1, width, **broadcast))
+            patches = self.patch_embed.num_patches
+            self.pos_embed = nn.Parameter(flow.zeros(1, patches + 1, width, **broadcast))
+            self.pos_drop = nn.Dropout(p=0.0)
+            layers = [
+                TransformerLayer(
+                    hidden_size=width,
+                    ffn_hidden_size=4 * width,
+                    num_attention_heads=2,
+                    attention_dropout_prob=0.0,
+                    output_dropout_prob=0.0,
+                    drop_path_prob=prob.item(),
+                    layer_idx=i,
+                )
+                for i, prob in enumerate(flow.linspace(0, 0, depth))
+            ]
+            self.blocks = nn.Sequential(*layers)
+            self.norm = LayerNorm(width, layer_idx=-1)
+            self.head = Linear(width, num_classes, layer_idx=-1)
+            self.loss_func = nn.CrossEntropyLoss()
+            trunc_normal_(self.pos_embed, std=0.02)
+            self.apply(self.init)
+
+        def init(self, module):
+            if isinstance(module, Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.constant_(module.bias, 0)
+            elif isinstance(module, LayerNorm):
+                nn.init.constant_(module.weight, 1.0)
+
+        def forward(self, images, labels=None):
+            x = self.patch_embed(images)
+            cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+            cls_token = cls_token.to_global(sbp=x.sbp, placement=cls_token.placement)
+            x = flow.cat((cls_token, x), dim=1)
+            pos_embed = self.pos_embed.expand(x.shape[0], -1, -1)
+            x = x + pos_embed.to_global(sbp=x.sbp, placement=pos_embed.placement)
+            x = self.head(self.norm(self.blocks(self.pos_drop(x)))[:, 0])
+            if labels is not None and self.training:
+                return {"losses": self.loss_func(x, labels)}
+            return {"prediction_scores": x}
+
+    return Reference()
+
+
+def look_closely(out):
+    """Layers, dropout, stages and a model written as in the reference, on 4 processes."""
+    import oneflow as flow
+    from oneflow import nn
+
+    import train
+    from vit3d import B, Dropout, DropPath, Linear, S, TransformerLayer, VisionTransformer, dist
+
+    seen = {}
+    dist.setup(2, 2, 1)
+    world, everything = dist.get_layer_placement(0), dict(sbp=dist.get_nd_sbp([B, B]))
+    for parallel in ("col", "row"):
+        layer = Linear(6, 4, parallel=parallel)
+        x = np.random.default_rng(0).standard_normal((8, 3, 6)).astype("f4")
+        replica = x[dist.get_data_parallel_rank() * 4 :][:4]
+        x = train.to_global(replica, 0).requires_grad_()
+        y = layer(x)
+        seen[f"{parallel}/y/part"] = y.to_local().numpy()
+        (y * y).sum().backward()
+        for key, value in dict(
+            x=x, y=y, dx=x.grad, w=layer.weight, b=layer.bias, dw=layer.weight.grad,
+            db=layer.bias.grad,
+        ).items():  # fmt: skip
+            seen[f"{parallel}/{key}"] = train.to_numpy(value)
+
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.path = Dropout(0.5), Dropout(0.5), DropPath(0.5)
+
+        def forward(self, x, heads):
+            return self.first(x), self.second(x), self.path(x), self.first(heads)
+
+    class Graph(nn.Graph):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+            if isinstance(model, VisionTransformer):
+                model.set_pipeline_stage_id(self.model)
+
+        def build(self, *inputs):
+            return self.model(*inputs)
+
+    x = flow.ones(8, 16, 16, placement=world, sbp=[S(0), B])
+    heads = flow.ones(8, 16, 16, placement=world, sbp=[S(0), S(1)])
+    for mode, drops in dict(eager=Drops(), graph=Graph(Drops())).items():
+        for step in range(2):
+            for key, value in zip(("first", "second", "path", "heads"), drops(x, heads)):
+                seen[f"{mode}/{step}/{key}"] = value.to_local().numpy()
+
+    for kind, stage_ids, layers in (
+        ("even", None, 8), ("remainder", None, 6), ("custom", [0, 1, 1, 1, 2, 3], 6),
+    ):  # fmt: skip
+        dist.setup(1, 1, 4, pipeline_num_layers=layers, custom_pipeline_stage_id=stage_ids)
+        size = dict(img_size=8, patch_size=4, embed_dim=8, num_heads=2, num_classes=3)
+        model = VisionTransformer(depth=layers, **size)
+        seen[f"{kind}/ids"] = np.array([dist.get_layer_stage_id(i) for i in range(layers)])
+        seen[f"{kind}/last"] = np.array([dist.get_layer_stage_id(-1)])
+        seen[f"{kind}/holds"] = np.array(
+            [block.mlp.dense_4h_to_h.bias.to_local().numel() for block in model.blocks]
+        )
+        graph = Graph(model.eval())
+        images, labels = images_and_labels(4, 8, 3)
+        graph(train.to_global(images, 0))
+        stages = [
+            block.to(nn.graph.GraphModule).stage_id for block in graph.model.blocks
+        ] + [graph.model.head.to(nn.graph.GraphModule).stage_id]
+        seen[f"{kind}/graph"] = np.array(stages)
+        seen[f"{kind}/drawn"] = np.array(str(dist))
+
+    for mesh in ((2, 2, 1), (2, 1, 2), (1, 2, 2)):
+        dist.setup(*mesh, pipeline_num_layers=2)
+        model = as_in_the_reference()
+        share, replica = 8 // mesh[0], dist.get_data_parallel_rank()
+        images, labels = (a[replica * share :][:share] for a in images_and_labels(8, 8, 3))
+        whole = VisionTransformer(depth=2, **size)
+        named = dict(model.named_parameters())
+        state = {
+            key: flow.tensor(np.random.default_rng(len(key)).standard_normal(value.shape, "f4"))
+            .to_global(placement=flow.placement("cpu", list(range(4))), sbp=B)
+            for key, value in whole.state_dict().items()
+        }
+        whole.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True)
+        assert named.keys() == state.keys()
+        inputs = train.to_global(images, 0), train.to_global(labels, -1)
+        name = "x".join(map(str, mesh))
+        seen[f"{name}/losses"] = train.to_numpy(model.train()(*inputs)["losses"])
+        seen[f"{name}/want"] = train.to_numpy(whole.train()(*inputs)["losses"])
+        graph = Graph(model.eval())
+        seen[f"{name}/scores"] = train.to_numpy(graph(*inputs)["prediction_scores"])
+        seen[f"{name}/eager"] = train.to_numpy(whole.eval()(*inputs)["prediction_scores"])
+    np.savez(out / f"{dist.rank}.npz", **seen)
+
+
+@pytest.fixture(scope="session")
+def looks(tmp_path_factory):
+    return workers(4, look_closely, tmp_path_factory.mktemp("looks") / "4")
+
+
+@pytest.mark.parametrize("parallel", ["col", "row"])
+def test_parallel_linear_computes_what_numpy_computes_forward_and_backward(looks, parallel):
+    x, y, dx, w, b, dw, db = (looks[0][f"{parallel}/{k}"] for k in "x y dx w b dw db".split())
+    want = x @ w.T + b
+    np.testing.assert_allclose(y, want, atol=1e-6)
+    np.testing.assert_allclose(dx, 2 * want @ w, atol=1e-6)
+    np.testing.assert_allclose(dw, np.einsum("bno,bni->oi", 2 * want, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(db, (2 * want).sum((0, 1)), rtol=1e-5, atol=1e-6)
+    for rank, seen in enumerate(looks):
+        part = np.split(want, 2, 0)[rank // 2]
+        if parallel == "col":
+            part = np.split(part, 2, 2)[rank % 2]
+        np.testing.assert_allclose(seen[f"{parallel}/y/part"], part, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_dropout_differs_by_layer_step_replica_and_shard_and_agrees_on_copies(looks, mode):
+    masks = [those(seen, f"{mode}/") for seen in looks]
+    kinds = ("first", "second", "path", "heads")
+    for mask, step, kind in itertools.product(masks, "01", kinds):
+        assert set(np.unique(mask[f"{step}/{kind}"])) <= {0.0, 2.0}
+        assert kind == "path" or abs(mask[f"{step}/{kind}"].mean() - 1) < 0.2
+    for step, kind in itertools.product("01", ("first", "second")):
+        a, b, c, d = (mask[f"{step}/{kind}"] for mask in masks)
+        assert np.array_equal(a, b) and np.array_equal(c, d)  # tensor-parallel copies
+        assert not np.array_equal(a, c)  # replicas
+    for mask in masks:
+        assert not np.array_equal(mask["0/first"], mask["0/second"])
+        assert not np.array_equal(mask["0/first"], mask["1/first"])
+    slices = [mask["0/heads"].tobytes() for mask in masks]
+    assert len(set(slices)) == 4  # the heads of a shard are its own
+    paths = [np.concatenate([mask[f"{s}/path"][:, 0, 0] for s in "01"]) for mask in masks]
+    assert np.array_equal(paths[0], paths[1]) and not np.array_equal(paths[0], paths[2])
+    path = masks[0]["0/path"]
+    assert (path == path[:, :1, :1]).all()  # whole samples
+
+
+@pytest.mark.parametrize(
+    "kind, ids",
+    dict(even=[0, 0, 1, 1, 2, 2, 3, 3], remainder=[0, 1, 2, 2, 3, 3], custom=[0, 1, 1, 1, 2, 3])
+    .items(),
+)  # fmt: skip
+def test_blocks_lie_on_the_stages_that_were_asked_for(looks, kind, ids):
+    for rank, seen in enumerate(looks):
+        assert seen[f"{kind}/ids"].tolist() == ids and seen[f"{kind}/last"] == 3
+        assert (seen[f"{kind}/holds"] > 0).tolist() == [i == rank for i in ids]
+        assert seen[f"{kind}/graph"].tolist() == ids + [3]  # the ids that make it 1F1B
+    drawn = str(looks[0]["custom/drawn"]).splitlines()
+    assert drawn[1].split("  ")[-1] == "stage 3: blocks 5-5" and "rank 3" in drawn[-1]
+
+
+@pytest.mark.parametrize("mesh", ["2x2x1", "2x1x2", "1x2x2"])
+def test_a_model_written_as_in_the_reference_runs_and_loads_libai_names_strictly(looks, mesh):
+    losses, want, scores, eager = (
+        looks[0][f"{mesh}/{key}"] for key in ("losses", "want", "scores", "eager")
+    )
+    np.testing.assert_allclose(losses, want, atol=1e-6)
+    np.testing.assert_allclose(scores, eager, atol=1e-5)
+    np.testing.assert_allclose(scores, looks[0]["2x2x1/scores"], atol=1e-5)
+
+
+# One process, and the script ---------------------------------------------------------------------
+
+
+def numpy_state(model):
+    return {key: value.numpy() for key, value in model.state_dict().items()}
+
+
+def test_logits_are_those_of_flowvisions_model_with_the_same_weights():
+    import train  # noqa: F401
+    from flowvision import models
+
+    from vit3d import MODELS, VisionTransformer, dist, flow, load_timm_state_dict
+
+    dist.setup()
+    theirs = models.vit_tiny_patch16_224().eval()
+    rng = np.random.default_rng(0)  # not the initial values: zero biases and a zero head hide much
+    state = {k: v + rng.normal(0, 0.05, v.shape) for k, v in numpy_state(theirs).items()}
+    theirs.load_state_dict({k: flow.tensor(v.astype("f4")) for k, v in state.items()})
+    ours = VisionTransformer(**MODELS["vit_tiny_patch16_224"], layer_norm_eps=1e-6).eval()
+    load_timm_state_dict(ours, state)
+    images, _ = images_and_labels(2, 224, 1)
+    with flow.no_grad():
+        got = ours(train.to_global(images, 0))["prediction_scores"].numpy()
+        want = theirs(flow.tensor(images)).numpy()
+    assert abs(want).max() > 1
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_default_run_learns_to_tell_held_out_images(tmp_path):
+    run = train_py("--output-dir", tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines[:-1]] == list(range(1, 201))
+    assert lines[0].keys() == {"step", "loss", "lr", "images_per_s"}
+    assert lines[0]["loss"] > 2 and lines[-1]["top1"] > 0.95 and lines[-1]["images"] == 1000
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Three classes that differ by colour: 96 images to train on, 31 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 96), ("val", 31)):
+        for i in range(count):
+            place = root / split / f"class{i % 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (20, 24, 3))
+            pixels[..., i % 3] += 100
+            Image.fromarray(pixels.astype("u1")).save(place / f"{i}.png")
+    return root
+
+
+TINY = "--img-size 16 --patch-size 4 --embed-dim 32 --depth 2 --num-heads 2".split()
+
+
+def test_training_on_a_folder_of_images_is_exact_on_any_mesh(folder, tmp_path):
+    flags = ["--data", folder, *TINY, "--epochs", 10, "--eval-every", 15, "--lr", 0.003]
+    one = train_py(*flags, "--micro-batch-size", 16, "--output-dir", tmp_path / "1")
+    mesh = ["--data-parallel", 2, "--pipeline-parallel", 2, "--accumulation-steps", 2]
+    four = train_py(
+        *flags, *mesh, "--micro-batch-size", 4, "--output-dir", tmp_path / "4", "--eager"
+    )
+    assert one.returncode == four.returncode == 0, one.stderr + four.stderr
+    one, four = metrics(tmp_path / "1"), metrics(tmp_path / "4")
+    assert len(one) == len(four) == 60 + 4
+    for a, b in zip(one, four):
+        for key in a.keys() - {"images_per_s"}:
+            assert abs(a[key] - b[key]) < 1e-3, (a, b)
+    assert one[-1]["images"] == four[-1]["images"] == 31
+    assert one[-1]["top1"] > 0.95 and abs(one[-1]["top1"] * 31 % 1 - 0.5) > 0.49
+
+
+BAD = {
+    "--data-parallel 2": ("RANK 0", "2 x 1 x 1 = 2 must be the number of processes, 1"),
+}
+
+
+if __name__ == "__main__":
+    import train  # noqa: F401  first: it imports the engine
+
+    globals()[sys.argv[1]](Path(sys.argv[2]))
