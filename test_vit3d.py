@@ -7,8 +7,12 @@ function `job` in n processes of OneFlow's launcher, each of which writes what i
 
 import itertools
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -487,8 +491,105 @@ def test_training_on_a_folder_of_images_is_exact_on_any_mesh(folder, tmp_path):
 
 
 BAD = {
-    "--data-parallel 2": ("RANK 0", "2 x 1 x 1 = 2 must be the number of processes, 1"),
+    "--tensor-parallel 2 --num-heads 5 --embed-dim 60": "2 tensor-parallel ranks .* 5 heads",
+    "--tensor-parallel 2 --mlp-ratio 1.016": "col-parallel Linear splits 65 features",
+    "--pipeline-parallel 2 --depth 1": "1 layers are too few for 2 stages",
+    "--pipeline-parallel 2 --stage-ids 0,1,1": "name 3 layers, the model has 4",
+    "--pipeline-parallel 2 --stage-ids 0,1,0,1": r"\[0, 1, 0, 1\] must rise from 0 to 1",
+    "--pipeline-parallel 2 --stage-ids 0,0,0,2": "must rise from 0 to 1 and leave out none",
+    "--stage-ids 0,a": "'0,a' must be stages such as",
+    "--tensor-parallel 3 --nnodes 2": "--nnodes 2 must divide 3 processes",
+    "--num-heads 3": "3 heads do not divide 64 features",
+    "--img-size 33": "patches of side 8 do not divide images of side 33",
+    "--model vit_nano": "'vit_nano' must be one of vit_tiny_patch16_224, ",
+    "--data NOWHERE": "must hold a folder train, and .*NOWHERE/train is none",
+    "--data EMPTY": "EMPTY/train: Couldn't find any class folder",
+    "--data BARE": "BARE/train: Found no valid file for the classes a",
+    "--data ODD": r"train and val must hold the same classes, not \['b'\]",
+    "--data BROKEN --micro-batch-size 1": "BROKEN/train/a/1.png cannot be read as an image",
+    "--data BROKEN --micro-batch-size 1 --tensor-parallel 2 --eager": "train/a/1.png cannot be read",
+    "--data FEW --num-classes 1": "--num-classes 1 is below the 2 folders",
+    "--data FEW": "a batch of 32 images is more than the 4 there are",
+    "--amp": "--amp needs a GPU",
+    "--device cuda": "--device cuda needs a GPU",
+    "--depth 0": "--depth: '0' must be a whole number at least 1",
+    "--micro-batch-size -1": "'-1' must be a whole number",
+    "--drop-rate 1": "'1' must be a number at least 0 and below 1",
+    "--lr fast": "'fast' must be a number above 0",
+    "--steps 5 --epochs 5": "give one of them",
 }
+
+
+@pytest.fixture(scope="session")
+def bad_folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    image = Image.new("RGB", (8, 8))
+    for name, splits in dict(
+        EMPTY=dict(train="", val=""), BARE=dict(train="a", val="a"), ODD=dict(train="ab", val="a"),
+        BROKEN=dict(train="a", val="a"), FEW=dict(train="ab", val="ab"),
+    ).items():  # fmt: skip
+        for split, classes in splits.items():
+            (root / name / split).mkdir(parents=True)
+            for label in classes:
+                (root / name / split / label).mkdir()
+                for i in range(2 * (name != "BARE")):
+                    image.save(root / name / split / label / f"{i}.png")
+    (root / "BROKEN/train/a/1.png").write_text("not an image")
+    return root
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(bad_folders, flags):
+    words = [str(bad_folders / word) if word.isupper() else word for word in flags.split()]
+    run = train_py(*words)
+    assert run.returncode == 2, run.stderr
+    assert re.fullmatch(f"train.py: .*{BAD[flags]}.*\n", run.stderr), run.stderr
+
+
+def test_a_mesh_that_the_launcher_did_not_start_gets_one_sentence():
+    launcher = ["-c", LAUNCH, "--nproc_per_node", "2", "--master_port", free_port()]
+    run = train_py("--data-parallel", 3, launcher=launcher)
+    assert run.returncode == 1  # that of OneFlow's launcher
+    assert run.stderr.count("3 x 1 x 1 = 3 must be the number of processes, 2") == 1
+
+
+def test_the_module_raises_value_errors():
+    from vit3d import B, Dropout, Linear, MultiheadAttention, VisionTransformer, dist, flow
+
+    dist.setup()
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    for call in (
+        lambda: dist.setup(2),
+        lambda: dist.setup(0),
+        lambda: dist.setup(device_type="tpu"),
+        lambda: dist.setup(pipeline_num_layers=2, custom_pipeline_stage_id=[0]),
+        lambda: Linear(4, 4, parallel="diagonal"),
+        lambda: MultiheadAttention(8, 3),
+        lambda: Dropout(1.0),
+        lambda: VisionTransformer(img_size=30),
+        lambda: model(flow.zeros(1, 3, 9, 9, placement=dist.get_layer_placement(0), sbp=[B])),
+    ):
+        with pytest.raises(ValueError, match="must|do not divide|takes|name"):
+            call()
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_one_process_that_dies_ends_all(tmp_path):
+    flags = ["--data-parallel", 2, "--steps", 100000, "--eager", "--output-dir", tmp_path]
+    command = [sys.executable, "train.py", *map(str, flags)]
+    run = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 5:
+        time.sleep(0.1)
+        assert run.poll() is None, run.stderr.read()
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1 and b"train.py: a process ended with" in errors
+    assert not any(alive(child) for child in children)
 
 
 if __name__ == "__main__":
