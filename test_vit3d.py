@@ -63,13 +63,21 @@ VARIANTS = {
     "accumulation": ["--accumulation-steps", "2"],
     "eager-accumulation": ["--eager", "--accumulation-steps", "2"],
     "checkpoint": ["--activation-checkpoint"],
+    "shard": ["--shard-params"],
+    "eager-shard": ["--shard-params", "--eager"],
+    "shard-checkpoint": ["--shard-params", "--activation-checkpoint"],
 }
 CASES = [
     (mesh, variant)
     for n in MESHES
     for mesh in MESHES[n]
     for variant in VARIANTS
-    if n > 1 and (variant in ("graph", "eager") or mesh == (2, 2, 2))
+    if n > 1
+    and (
+        variant in ("graph", "eager")
+        or (mesh == (2, 2, 2) and variant != "shard-checkpoint")
+        or (mesh == (2, 1, 1) and "shard" in variant)
+    )
 ]
 
 
@@ -95,12 +103,12 @@ def train_on_every_mesh(out):
         micro_batches = mesh[0] * (2 if "accumulation" in variant else 1)
         flags += ["--micro-batch-size", 16 // micro_batches]
         args = train.parse_arguments(list(map(str, flags)))
-        model, images, _ = train.build(args)
+        model, images, *_ = train.build(args)
         name = "x".join(map(str, mesh)) + f"-{variant}-{depth}"
         parameters = list(model.named_parameters())
-        if variant == "graph":
+        if variant in ("graph", "shard"):
             for key, value in parameters:
-                seen[f"{name}/part/{key}"] = value.to_local().numpy()
+                seen[f"{name}/part/{key}"] = value.to_local().numpy().copy()
                 seen[f"{name}/first/{key}"] = train.to_numpy(value)
         trainer = train.Trainer(model, args)
         for group in trainer.optimizer.param_groups:
@@ -108,11 +116,15 @@ def train_on_every_mesh(out):
             # rounding, which eps 1e-8 would let become whole steps, different on each mesh.
             group["eps"] = 1e-5
         batches = train.training_batches(len(images), args.batch_size, args.seed, 0, args.steps)
-        losses = [trainer.step(*batch)[0] for batch in train.load(images, batches, 0)]
+        losses = [trainer.step(*batch)[0] for batch in train.load(images, batches, args)]
         if dist.rank == 0:
             seen[f"{name}/losses"] = np.array(losses)
+        tensors = trainer.tensors()
         for key, value in parameters:
             seen[f"{name}/last/{key}"] = train.to_numpy(value)
+            for moment in "mv":
+                held = tensors[f"adam/{moment}/{key}"].to_local().numel()
+                seen[f"{name}/{moment}/{key}"] = np.array(held)
     np.savez(out / f"{dist.rank}.npz", **seen)
 
 
@@ -184,6 +196,18 @@ def test_each_rank_holds_its_slice_of_the_layers_of_its_stage_and_nothing_else(r
             elif any(word in key for word in rows):
                 want = np.split(want, tensor, 1)[shard]
             assert np.array_equal(part, want), (rank, key)
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (2, 2, 2)])
+def test_sharded_weights_and_moments_lie_split_over_the_replicas_too(runs, mesh):
+    for seen in runs(np.prod(mesh)):
+        for key, part in those(seen, name_of(mesh, "shard") + "/part/").items():
+            whole = seen[f"{name_of(mesh, 'graph')}/part/{key}"]
+            replicated = key == "cls_token" or (mesh[1] > 1 and key.endswith(("v.bias", "4h.bias")))
+            replicated |= key.endswith("value.bias") and mesh[1] > 1
+            assert part.size == whole.size // (1 if replicated else mesh[0]), key
+            for moment in "mv":
+                assert seen[f"{name_of(mesh, 'shard')}/{moment}/{key}"] == part.size
 
 
 # One mesh of four processes, looked at closely --------------------------------------------------

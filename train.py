@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
+import zipfile
 from pathlib import Path
 
 
@@ -52,11 +54,13 @@ import_quietly()
 import numpy as np
 import oneflow as flow
 from flowvision import datasets, transforms
-from flowvision.data import create_transform
+from flowvision.data import Mixup, create_transform
+from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 from oneflow import nn
 from tqdm import tqdm
 
-from vit3d import MODELS, B, S, VisionTransformer, dist
+from vit3d import MODELS, B, S, VisionTransformer, dist, distribute
+from vit3d import load_state_dict, load_timm_state_dict
 
 # flowvision's own create_transform passes what its Resize warns of.
 warnings.filterwarnings("ignore", "Argument interpolation should be")
@@ -104,6 +108,7 @@ def parse_arguments(argv=None):
     add("--tensor-parallel", type=count, default=1, help="processes that share each layer")
     add("--pipeline-parallel", type=count, default=1, help="stages, each with some of the layers")
     add("--stage-ids", type=stage_list, help="stage of each block, such as 0,0,0,1", metavar="IDS")
+    add("--shard-params", action="store_true", help="split weights over the replicas (ZeRO-3)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
     add("--nnodes", type=count, default=1, help="machines; run the command once on each")
     add("--node-rank", type=number(int, 0), default=0, help="which of the machines this is")
@@ -119,6 +124,11 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, metavar="DIR", help="DIR/train/CLASS/* and DIR/val/CLASS/*")
     add("--no-augment", action="store_true", help="only resize: no crops, no flips")
+    add("--rand-augment", metavar="POLICY", help="such as rand-m9-mstd0.5-inc1")
+    add("--random-erasing", type=rate, default=0.0, metavar="P", help="of an image")
+    add("--mixup", type=zero_up, default=0.0, metavar="ALPHA", help="0: none")
+    add("--cutmix", type=zero_up, default=0.0, metavar="ALPHA", help="0: none")
+    add("--label-smoothing", type=rate, default=0.0, metavar="P")
     add("--workers", type=count, default=2, help="processes that decode, for each process")
     add = parser.add_argument_group("training").add_argument
     add("--micro-batch-size", type=count, default=32, help="images per replica and micro-batch")
@@ -135,7 +145,12 @@ def parse_arguments(argv=None):
     add("--seed", type=number(int, 0, 2**31), default=0)
     add = parser.add_argument_group("output").add_argument
     add("--eval-every", type=count, help="steps between validations; there is one at the end")
-    add("--output-dir", type=Path, help="where metrics.jsonl goes")
+    add("--eval-only", action="store_true", help="validate the weights of --init-from, --resume")
+    add("--output-dir", type=Path, help="where metrics.jsonl and checkpoints go")
+    add("--save-every", type=count, help="steps between checkpoints; there is one at the end")
+    add("--keep", type=count, default=2, help="checkpoints that stay, the newest")
+    add("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
+    add("--init-from", type=Path, metavar="PATH", help="start from the weights of a checkpoint")
     args = parser.parse_args(argv)
 
     args.world_size = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
@@ -152,6 +167,12 @@ def parse_arguments(argv=None):
         parser.error(f"{'--amp' if args.amp else '--device cuda'} needs a GPU; there is none here")
     if args.eager and (args.amp or args.activation_checkpoint):
         parser.error("--amp and --activation-checkpoint need the graph; leave out --eager")
+    if (args.resume or args.save_every) and not args.output_dir:
+        parser.error(f"{'--resume' if args.resume else '--save-every'} needs --output-dir")
+    if args.eval_only and not (args.resume or args.init_from):
+        parser.error("--eval-only needs weights: give --init-from or --resume")
+    if args.resume and args.init_from:
+        parser.error(f"--init-from {args.init_from} and --resume: give one of them")
     if args.amp and args.device == "cpu":
         parser.error("--amp needs CUDA; leave out --device cpu")
     return args
@@ -185,6 +206,14 @@ class UnreadableImage(ValueError):
     """A file of --data that is not an image."""
 
 
+def seed_everything(*seeds):
+    """Seed all that flowvision's transforms draw from."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    flow.manual_seed(seed)
+
+
 class FolderImages:
     """Images in ImageNet's layout, augmented by a function of the seed, the epoch and the index."""
 
@@ -202,7 +231,14 @@ class FolderImages:
             normalize = create_transform(img_size).transforms[-2:]
             self.transform = transforms.Compose([resize, *normalize])
         else:
-            self.transform = create_transform(img_size, split == "train", color_jitter=None)
+            self.transform = create_transform(
+                img_size,
+                is_training=split == "train",
+                color_jitter=None,
+                auto_augment=args.rand_augment,
+                re_prob=args.random_erasing,
+                re_mode="pixel",
+            )
 
     def __len__(self):
         return len(self.folder)
@@ -212,8 +248,7 @@ class FolderImages:
 
     def image(self, index, epoch):
         path = self.folder.samples[index][0]
-        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
-        random.seed(int(seed)), np.random.seed(seed), flow.manual_seed(int(seed))
+        seed_everything(self.seed, epoch, index)
         try:
             return self.transform(self.folder.loader(path)).numpy()
         except Exception as error:
@@ -223,25 +258,38 @@ class FolderImages:
 class Samples(flow.utils.data.Dataset):
     """What this process needs of a sample: only the first stage reads images."""
 
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, images, img_size):
+        self.images, self.blank = images, np.zeros((3, img_size, img_size), np.float32)
         self.reads = dist.rank in dist.get_layer_placement(0).ranks
 
     def __getitem__(self, key):
         epoch, index = key
-        image = self.images.image(index, epoch) if self.reads else np.zeros((3, 1, 1), np.float32)
-        return image, self.images.label(index)
+        image = self.images.image(index, epoch) if self.reads else self.blank
+        return image, self.images.label(index), key
 
 
-def load(images, batches, workers):
-    """Iterate over numpy batches (images (b, 3, H, W), labels (b,)) of lists of (epoch, index)."""
+def load(images, batches, args, mixup=None):
+    """Iterate over numpy batches (images (b, 3, H, W), labels (b,)) of lists of (epoch, index).
+
+    With mixup, labels are (b, classes). It mixes pairs of neighbours, so that all processes of a
+    replica, and replicas of other sizes, see the same mix.
+    """
 
     def collate(samples):
-        images, labels = zip(*samples)
-        return np.stack(images), np.array(labels)
+        images, labels, keys = zip(*samples)
+        images, labels = np.stack(images), np.array(labels)
+        if mixup is None:
+            return images, labels
+        pairs = []
+        for i in range(0, len(keys), 2):
+            seed_everything(args.seed, *keys[i], 1)
+            pair = flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])
+            pairs.append([mixed.numpy() for mixed in mixup(*pair)])
+        return [np.concatenate(parts) for parts in zip(*pairs)]
 
+    samples = Samples(images, args.img_size)
     return flow.utils.data.DataLoader(
-        Samples(images), batch_sampler=batches, num_workers=workers, collate_fn=collate
+        samples, batch_sampler=batches, num_workers=args.workers, collate_fn=collate
     )
 
 
@@ -265,9 +313,9 @@ def to_global(array, layer_idx):
 
 
 def to_numpy(tensor):
-    """A global tensor -> the whole of it as numpy, on the ranks of the first stage."""
-    tensor = tensor.to_global(sbp=dist.get_nd_sbp([B, B]))
-    return tensor.to_global(placement=dist.get_layer_placement(0)).to_local().numpy()
+    """A global tensor -> the whole of it as numpy, a copy, on the ranks of the first stage."""
+    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))
+    return tensor.to_global(placement=dist.get_layer_placement(0)).to_local().numpy().copy()
 
 
 # 3. The step ------------------------------------------------------------------------------------
@@ -357,6 +405,33 @@ class Trainer:
         losses = to_numpy(losses)
         return (float(losses.mean()) if dist.rank == 0 else None), lr
 
+    def tensors(self):
+        """The weights by name, and Adam's moments of each as `adam/m/NAME` and `adam/v/NAME`."""
+        tensors = dict(self.model.named_parameters())
+        state = self.optimizer._state if self.args.eager else self.graph.state_dict()
+        for name, weight in list(tensors.items()):
+            for m, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                moment = state[weight][key] if self.args.eager else state[f"model.{name}-{m}"]
+                tensors[f"adam/{m}/{name}"] = moment
+        return tensors
+
+    def load(self, arrays, step):
+        """Go on from the whole arrays of `tensors` after this many steps."""
+        load_state_dict(self.model, arrays)
+        state = {"model": self.model.state_dict()}
+        for name, weight in self.model.named_parameters():
+            m, v = (flow.tensor(arrays[f"adam/{m}/{name}"]) for m in "mv")
+            m, v = (distribute(moment, weight.placement, weight.sbp) for moment in (m, v))
+            state[f"model.{name}-m"], state[f"model.{name}-v"] = m, v
+            self.optimizer._state[weight].update(exp_avg=m, exp_avg_sq=v)
+        self.optimizer._state["step"] = step
+        if not self.args.eager:
+            first = dict(placement=dist.get_layer_placement(0), sbp=dist.get_nd_sbp([B, B]))
+            state["System-Train-TrainStep"] = flow.tensor([step]).to_global(**first)
+            self.graph.load_state_dict(state)
+        for _ in range(step):
+            self.scheduler.step()
+
     def eager_step(self, images, labels):
         n, total = self.args.accumulation_steps, 0
         for image, label in zip(np.split(images, n), np.split(labels, n)):
@@ -380,7 +455,7 @@ def evaluate(model, images, args):
     sums = np.zeros(4)  # loss, top-1, top-5, images
     model.eval()
     with flow.no_grad():
-        for b, (image, label) in enumerate(load(images, keys, args.workers)):
+        for b, (image, label) in enumerate(load(images, keys, args)):
             logits = model(to_global(image, 0))["prediction_scores"].to_local().numpy()
             if logits.size:  # on the last stage
                 real = min(size, len(mine) - b * size)
@@ -397,7 +472,79 @@ def evaluate(model, images, args):
         return dict(val_loss=loss / seen, top1=top1 / seen, top5=top5 / seen, images=int(seen))
 
 
-# 4. The run -------------------------------------------------------------------------------------
+# 4. Checkpoints ---------------------------------------------------------------------------------
+
+
+def save(trainer, step, args):
+    """Write `step-N.npz`: whole arrays, which know no mesh, and `about`, what the run was.
+
+    Complete or absent: it is written beside and then renamed.
+    """
+    arrays = {name: to_numpy(tensor) for name, tensor in trainer.tensors().items()}
+    if dist.rank > 0:
+        return
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        fail(f"a weight or moment is not finite after step {step}, which is not saved", code=1)
+    arguments = {key: str(value) for key, value in vars(args).items()}
+    about = dict(step=step, batch_size=args.batch_size, arguments=arguments)
+    beside = args.output_dir / "unfinished.npz"
+    try:
+        np.savez(beside, about=json.dumps(about), **arrays)
+        beside.replace(args.output_dir / f"step-{step:08d}.npz")
+        for old in sorted(args.output_dir.glob("step-*.npz"))[: -args.keep]:
+            old.unlink()
+    except OSError as error:
+        print(f"train.py: step {step} could not be saved: {error}", file=sys.stderr, flush=True)
+        beside.unlink(missing_ok=True)
+
+
+def newest(args):
+    """The newest complete checkpoint of --output-dir or None, the same on every rank."""
+    step = flow.tensor(-1)
+    if dist.rank == 0:
+        for path in sorted(args.output_dir.glob("step-*.npz"), reverse=True):
+            try:
+                if zipfile.ZipFile(path).testzip():  # reads all of it and compares its checksums
+                    raise zipfile.BadZipFile("its content is not what was written")
+                step = flow.tensor(int(path.stem[5:]))
+                break
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                print(f"train.py: {path} is damaged and skipped: {error}", file=sys.stderr)
+    flow.comm.broadcast(step, 0)
+    return None if step.item() < 0 else args.output_dir / f"step-{step.item():08d}.npz"
+
+
+def load_file(model, path):
+    """Start from the weights of a checkpoint or of another .npz file, timm's names included."""
+    try:
+        arrays = np.load(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--init-from {path} must be an .npz file: {error}") from None
+    timm = "blocks.0.attn.qkv.weight" in arrays
+    (load_timm_state_dict if timm else load_state_dict)(model, arrays)
+
+
+def restore(trainer, args):
+    """Go on from the newest checkpoint, if there is one; return its step."""
+    path = newest(args) if args.output_dir else None
+    if path and not args.resume:
+        raise ValueError(f"{path} is there already: --resume goes on from it")
+    if args.resume and dist.rank == 0:
+        print(f"resuming from {path}" if path else f"no checkpoint in {args.output_dir}: anew")
+    if not path:
+        return 0
+    arrays = np.load(path)
+    about = json.loads(str(arrays["about"]))
+    if about["batch_size"] != args.batch_size:
+        raise ValueError(
+            f"{path} has {about['batch_size']} images a step, this run {args.batch_size}: change"
+            " --micro-batch-size or --accumulation-steps"
+        )
+    trainer.load(arrays, about["step"])
+    return about["step"]
+
+
+# 5. The run -------------------------------------------------------------------------------------
 
 
 def build(args):
@@ -406,7 +553,7 @@ def build(args):
     for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(args, name) is not None:
             sizes[name] = getattr(args, name)
-    img_size = sizes.setdefault("img_size", 224)
+    args.img_size = sizes.setdefault("img_size", 224)
     dist.setup(
         args.data_parallel,
         args.tensor_parallel,
@@ -414,9 +561,10 @@ def build(args):
         pipeline_num_layers=sizes["depth"],
         custom_pipeline_stage_id=args.stage_ids,
         device_type=args.device,
+        shard_params=args.shard_params,
     )
     if args.data:
-        train, val = (FolderImages(split, args, img_size) for split in ("train", "val"))
+        train, val = (FolderImages(split, args, args.img_size) for split in ("train", "val"))
         if train.folder.classes != val.folder.classes:
             odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
             raise ValueError(f"{args.data}: train and val must hold the same classes, not {odd}")
@@ -425,17 +573,31 @@ def build(args):
             raise ValueError(f"--num-classes {classes} is below the {train.num_classes} folders")
     else:
         classes = args.num_classes or 10
-        train = SyntheticImages("train", 4096, classes, img_size, args.seed)
-        val = SyntheticImages("val", 1000, classes, img_size, args.seed)
+        train = SyntheticImages("train", 4096, classes, args.img_size, args.seed)
+        val = SyntheticImages("val", 1000, classes, args.img_size, args.seed)
         args.workers = 0  # drawing is quick
     args.batch_size = args.micro_batch_size * args.accumulation_steps * args.data_parallel
     if len(train) < args.batch_size:
-        raise ValueError(f"a batch of {args.batch_size} images is more than the {len(train)} there are")
-    args.steps = args.steps or (args.epochs * (len(train) // args.batch_size) if args.epochs else 200)
+        raise ValueError(
+            f"a batch of {args.batch_size} images is more than the {len(train)} there are"
+        )
+    per_epoch = len(train) // args.batch_size
+    args.steps = args.steps or (args.epochs * per_epoch if args.epochs else 200)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
     if args.warmup_steps > args.steps:
         raise ValueError(f"--warmup-steps {args.warmup_steps} is more than all {args.steps} steps")
+    mixup = None
+    if args.mixup or args.cutmix or args.label_smoothing:
+        if args.micro_batch_size * args.accumulation_steps % 2:
+            raise ValueError(f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd")
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=float(args.mixup > 0 or args.cutmix > 0),
+            label_smoothing=args.label_smoothing,
+            num_classes=classes,
+        )
     flow.manual_seed(args.seed)
     model = VisionTransformer(
         **sizes,
@@ -443,44 +605,63 @@ def build(args):
         attn_drop_rate=args.attn_drop_rate,
         drop_path_rate=args.drop_path_rate,
         num_classes=classes,
+        loss_func=SoftTargetCrossEntropy() if mixup else None,
     )
-    return model, train, val
+    return model, train, val, mixup
 
 
-def fit(args, model, train, val):
+def fit(args, trainer, first_step, train, val, mixup):
     """Train, validate and report; rank 0 prints and writes."""
-    trainer = Trainer(model, args)
-    bar, metrics = tqdm(disable=True), None
+    bar, lines = tqdm(disable=True), None
     if dist.rank == 0:
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(parameter.numel() for parameter in trainer.model.parameters())
         print(f"{dist}\n{count:,} parameters, {args.batch_size} images a step, {args.steps} steps")
-        bar = tqdm(total=args.steps, unit="step", disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+        )
         if args.output_dir:
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            metrics = open(args.output_dir / "metrics.jsonl", "w", buffering=1)
+            lines = open(args.output_dir / "metrics.jsonl", "a+", buffering=1)
+            lines.seek(0)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            lines.truncate(0)
+            lines.writelines(kept)
 
     def report(**record):
-        if metrics:
-            print(json.dumps(record), file=metrics)
+        if lines:
+            print(json.dumps(record), file=lines)
         if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
             text = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
-            left = (args.steps - step) / step * (time.perf_counter() - start)
+            left = (args.steps - step) / max(step - first_step, 1) * (time.perf_counter() - start)
             bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
 
-    start = now = time.perf_counter()
-    batches = training_batches(len(train), args.batch_size, args.seed, 0, args.steps)
-    for step, (images, labels) in enumerate(load(train, batches, args.workers), 1):
+    def validate():
+        result = evaluate(trainer.model, val, args)
+        if dist.rank == 0:
+            report(step=step, **result)
+
+    step, start = first_step, time.perf_counter()
+    if args.eval_only:
+        return validate()
+    now = start
+    flow.manual_seed(args.seed + first_step)  # of the masks: a graph draws their seeds when built
+    batches = training_batches(len(train), args.batch_size, args.seed, first_step, args.steps)
+    for images, labels in load(train, batches, args, mixup):
+        step += 1
         loss, lr = trainer.step(images, labels)
         if dist.rank == 0:
+            if not math.isfinite(loss):
+                fail(f"the loss is {loss} at step {step}, learning rate {lr:.3g}", code=1)
             before, now = now, time.perf_counter()
             speed = round(args.batch_size / (now - before), 1)
             report(step=step, loss=loss, lr=lr, images_per_s=speed)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
             bar.update()
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            result = evaluate(model, val, args)
-            if dist.rank == 0:
-                report(step=step, **result)
+        last = step == args.steps
+        if last or (args.eval_every and step % args.eval_every == 0):
+            validate()
+        if args.output_dir and (last or (args.save_every and step % args.save_every == 0)):
+            save(trainer, step, args)
     bar.close()
 
 
@@ -504,20 +685,21 @@ def launch(args):
         with contextlib.redirect_stdout(io.StringIO()):  # its "Killing subprocess" lines
             launch.main()
     except subprocess.CalledProcessError as error:
-        if error.returncode != 2:  # 2: a process has told its user what was wrong
-            print(f"train.py: a process ended with {error.returncode}", file=sys.stderr)
+        if error.returncode < 0:  # else the process has told its user what was wrong
+            name = signal.Signals(-error.returncode).name
+            print(f"train.py: a process was ended by {name}, and with it the run", file=sys.stderr)
         return max(error.returncode, 1)
     return 0
 
 
-def fail(message, tell):
-    """One sentence and exit code 2, at once: a clean exit would wait for the other processes."""
+def fail(message, tell=True, code=2):
+    """One sentence and an exit code, at once: a clean exit would wait for the other processes."""
     if tell:
         print(f"train.py: {message}", file=sys.stderr, flush=True)
     if os.fork() == 0:  # the others abort on a closed connection: hold it until they are ended
         os.closerange(0, 3)
         time.sleep(3)
-    os._exit(2)
+    os._exit(code)
 
 
 def main():
@@ -526,15 +708,25 @@ def main():
         sys.exit(launch(args))
     # A launcher that dies, however it dies, takes its processes along: 1 is PR_SET_PDEATHSIG.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
-        job = build(args)
+        model, *data = build(args)
+        if args.init_from:
+            load_file(model, args.init_from)
+        trainer = Trainer(model, args)
+        first_step = restore(trainer, args)
     except ValueError as error:  # all processes find the same mistake, one tells of it
         fail(error, tell=dist.rank == 0)
     try:
-        fit(args, *job)
+        fit(args, trainer, first_step, *data)
     except UnreadableImage as error:  # comes out of a reader with the reader's traceback before it
         tell = dist.rank % dist.tensor_parallel_size == 0  # all shards of a replica read the file
         fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], tell)
+    except BaseException as error:
+        if "DataLoader worker" in str(error):
+            fail(f"a process that reads images has died: {error}", code=1)
+        traceback.print_exc()
+        fail(f"rank {dist.rank} stopped with {type(error).__name__}", code=1)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Dist:
         self.rank, self.world_size = flow.env.get_rank(), flow.env.get_world_size()
         self.data_parallel_size = self.tensor_parallel_size = self.pipeline_parallel_size = 1
         self.device_type = "cuda" if flow.cuda.is_available() else "cpu"
-        self.layer_stage_ids = None
+        self.layer_stage_ids, self.shard_params = None, False
 
     def setup(
         self,
@@ -101,11 +101,13 @@ class Dist:
         pipeline_num_layers=None,
         custom_pipeline_stage_id=None,
         device_type=None,
+        shard_params=False,
     ):
         """Lay the mesh over all processes; call it before a model is built, and again for another.
 
         Layers are dealt evenly to the stages, the remainder to the later ones, which hold fewer
         micro-batches in flight; `custom_pipeline_stage_id`, a stage for each layer, overrides it.
+        With `shard_params` each weight is stored split along the data-parallel axis, too.
         Raises ValueError for a mesh that the processes or the layers do not fit.
         """
         sizes = data_parallel_size, tensor_parallel_size, pipeline_parallel_size
@@ -143,7 +145,7 @@ class Dist:
             ]
         self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size = sizes
         self.device_type = device_type or ("cuda" if flow.cuda.is_available() else "cpu")
-        self.layer_stage_ids = stage_ids
+        self.layer_stage_ids, self.shard_params = stage_ids, shard_params
 
     def get_dist_util(self):
         """`dist` itself: text written for LiBai asks for it."""
@@ -177,27 +179,22 @@ class Dist:
         return self.rank // self.tensor_parallel_size % self.data_parallel_size
 
     def __str__(self):
-        """Draw the mesh."""
+        """Draw the mesh: a column for each stage, in it one for each tensor shard."""
         d, t, p = self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size
-        heads = []
-        for stage in range(p):
-            blocks = [i for i, s in enumerate(self.layer_stage_ids or []) if s == stage]
-            heads.append(f"stage {stage}: blocks {blocks[0]}-{blocks[-1]}" if blocks else "stage 0")
-        shards = [f"shard {i}" for i in range(t)]
-        width = max(len(f"rank {d * t * p - 1}"), len(shards[-1])) + 2
-        block = max(width * t, max(map(len, heads)) + 2)
-        rows = ["".join(head.ljust(block) for head in heads)]
-        rows.append("".join("".join(s.ljust(width) for s in shards).ljust(block) for _ in heads))
-        for replica in range(d):
-            ranks = [
-                "".join(f"rank {(stage * d + replica) * t + i}".ljust(width) for i in range(t))
-                for stage in range(p)
-            ]
-            rows.append("".join(cell.ljust(block) for cell in ranks))
-        labels = ["", ""] + [f"replica {i}" for i in range(d)]
-        margin = len(labels[-1]) + 2
-        title = f"data {d} x tensor {t} x pipeline {p} = {d * t * p} processes on {self.device_type}"
-        return "\n".join([title] + [(a.ljust(margin) + b).rstrip() for a, b in zip(labels, rows)])
+        ranks = np.arange(d * t * p).reshape(p, d, t)
+        heads = [f"stage {stage}" for stage in range(p)]
+        for stage in set(self.layer_stage_ids or []):
+            blocks = [i for i, s in enumerate(self.layer_stage_ids) if s == stage]
+            heads[stage] += f": blocks {blocks[0]}-{blocks[-1]}"
+        rows = {"tensor shard": [range(t)] * p}
+        rows.update({f"ranks of replica {i}": ranks[:, i] for i in range(d)})
+        width = max(6 * t, len(max(heads, key=len)) + 3)
+        lines = [f"data {d} x tensor {t} x pipeline {p} = {d * t * p} processes, {self.device_type}"]
+        lines.append(" " * 20 + "".join(head.ljust(width) for head in heads))
+        for label, stages in rows.items():
+            cells = ["".join(f"{cell:<6}" for cell in stage).ljust(width) for stage in stages]
+            lines.append(f"{label:<20}" + "".join(cells))
+        return "\n".join(line.rstrip() for line in lines)
 
 
 dist = Dist()
@@ -208,14 +205,31 @@ def distribute(tensor, placement, sbp):
     return tensor.to_global(placement=placement, sbp=dist.get_nd_sbp([B, B])).to_global(sbp=sbp)
 
 
-def new_parameter(tensor, sbp=(B, B), layer_idx=0):
+def new_parameter(tensor, tensor_sbp=B, layer_idx=0):
     """A local CPU tensor, the same on every rank -> a parameter on the layer's placement.
 
-    Every rank draws the whole weight and keeps its part. A random initializer on a split tensor
-    would draw each part by itself, so that one seed would give other weights on another mesh.
+    Stored as [B, tensor_sbp]; with `shard_params` as [S(i), tensor_sbp], if a dimension i that the
+    tensor-parallel axis leaves whole divides. Every rank draws the whole weight and keeps its part:
+    a random initializer on a split tensor would give other weights on each mesh.
     """
-    placement = dist.get_layer_placement(layer_idx)
-    return nn.Parameter(distribute(tensor, placement, dist.get_nd_sbp(list(sbp))))
+    data_sbp, free = B, 1 if tensor_sbp == S(0) else 0
+    if dist.shard_params and free < tensor.ndim:
+        data_sbp = B if tensor.shape[free] % dist.data_parallel_size else S(free)
+    sbp = dist.get_nd_sbp([data_sbp, tensor_sbp])
+    return nn.Parameter(distribute(tensor, dist.get_layer_placement(layer_idx), sbp))
+
+
+def gather(parameter):
+    """A parameter as a layer uses it, [B, tensor_sbp]; its gradient is reduce-scattered.
+
+    Source: ZeRO, stage 3 (Rajbhandari et al., 2020, arXiv:1910.02054): weights, gradients and
+    optimizer state each rank holds once.
+    """
+    if not dist.shard_params:
+        return parameter
+    sbp = dist.get_nd_sbp([B, parameter.sbp[-1]])
+    # The engine aborts on moving a parameter itself to another sbp; it moves a copy.
+    return (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
 
 
 # 3. Layers, small to large ----------------------------------------------------------------------
@@ -231,7 +245,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features, out_features, bias=True, parallel="data", *, layer_idx=0):
         super().__init__()
-        weight_sbp = {"data": (B, B), "col": (B, S(0)), "row": (B, S(1))}
+        weight_sbp = {"data": B, "col": S(0), "row": S(1)}
         if parallel not in weight_sbp:
             raise ValueError(f"parallel {parallel!r} must be 'data', 'col' or 'row'")
         split_size = {"data": 0, "col": out_features, "row": in_features}[parallel]
@@ -243,7 +257,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features, self.parallel = in_features, out_features, parallel
         weight = trunc_normal_(flow.empty(out_features, in_features), std=0.02)
         self.weight = new_parameter(weight, weight_sbp[parallel], layer_idx)
-        bias_sbp = (B, S(0)) if parallel == "col" else (B, B)
+        bias_sbp = S(0) if parallel == "col" else B
         self.bias = new_parameter(flow.zeros(out_features), bias_sbp, layer_idx) if bias else None
 
     def forward(self, x):
@@ -251,7 +265,7 @@ class Linear(nn.Module):
         if self.parallel == "row":
             # (..., in) [S(0), S(last)] x [B, S(0)] -> [S(0), P] -> [S(0), B]: the all-reduce
             x = x.to_global(sbp=dist.get_nd_sbp([S(0), last]))
-            x = flow.matmul(x, self.weight, transpose_b=True)
+            x = flow.matmul(x, gather(self.weight), transpose_b=True)
             x = x.to_global(sbp=dist.get_nd_sbp([S(0), B]))
         else:
             # data: (..., in) [S(0), B] x [B, B] -> [S(0), B]
@@ -259,8 +273,8 @@ class Linear(nn.Module):
             # The gradient of x is [S(0), P] for "col"; grad_sbp asks for its sum: an all-reduce.
             sbp = dist.get_nd_sbp([S(0), B])
             x = x.to_global(sbp=sbp, grad_sbp=sbp)
-            x = flow.matmul(x, self.weight, transpose_b=True)
-        return x if self.bias is None else x + self.bias
+            x = flow.matmul(x, gather(self.weight), transpose_b=True)
+        return x if self.bias is None else x + gather(self.bias)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, parallel={self.parallel}"
@@ -280,19 +294,18 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         x = x.to_global(placement=self.weight.placement)
+        weight, bias = gather(self.weight), gather(self.bias)
         if x.placement.type == "cuda":
-            return flow._C.layer_norm_affine(
-                x, self.weight, self.bias, x.ndim - 1, x.ndim - 1, self.eps
-            )
+            return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, self.eps)
         # On the CPU the engine has no layer_norm kernel, and adding (..., 1) to (..., C) takes it
         # 70 times as long as the product with a row of ones that spreads it.
-        c, where = x.shape[-1], dict(placement=x.placement, sbp=self.weight.sbp)
+        c, where = x.shape[-1], dict(placement=x.placement, sbp=weight.sbp)
         ones = flow._C.global_constant((1, c), 1.0, dtype=x.dtype, **where)
         average = flow._C.global_constant((c, 1), 1 / c, dtype=x.dtype, **where)
         x = x - flow.matmul(flow.matmul(x, average), ones)  # (..., C) -> (..., 1) -> (..., C)
         variance = flow.matmul(x * x, average)
-        scale = flow.matmul(flow.rsqrt(variance + self.eps), self.weight.reshape(1, -1))
-        return x * scale + self.bias
+        scale = flow.matmul(flow.rsqrt(variance + self.eps), weight.reshape(1, -1))
+        return x * scale + bias
 
 
 class Dropout(nn.Module):
@@ -350,9 +363,9 @@ class PatchEmbedding(nn.Module):
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (B, 3, H, W) -> (B, N, 3 P P)
-        weight = self.proj.weight.reshape(-1, c * p * p)
+        weight = gather(self.proj.weight).reshape(-1, c * p * p)
         # (B, N, 3 P P) [S(0), B] x [B, B] -> (B, N, C) [S(0), B]
-        return flow.matmul(x, weight, transpose_b=True) + self.proj.bias
+        return flow.matmul(x, weight, transpose_b=True) + gather(self.proj.bias)
 
 
 class MLP(nn.Module):
@@ -537,9 +550,9 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x):
         """Images (B, in_chans, H, W) [S(0), B], first stage -> (B, N + 1, C), last stage."""
         x = self.patch_embed(x)
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1).to_global(sbp=x.sbp)
+        cls_token = gather(self.cls_token).expand(x.shape[0], -1, -1).to_global(sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (B, N, C) -> (B, N + 1, C)
-        return self.blocks(self.pos_drop(x + self.pos_embed))
+        return self.blocks(self.pos_drop(x + gather(self.pos_embed)))
 
     def forward_head(self, x):
         """(B, N + 1, C) -> logits (B, num_classes), from the class token alone."""
@@ -579,47 +592,53 @@ class VisionTransformer(nn.Module):
             set_stage(module, nn.graph.GraphModule, -1)
 
 
-# 5. Weights from elsewhere ----------------------------------------------------------------------
+# 5. Weights in and out --------------------------------------------------------------------------
+
+
+def load_state_dict(model, arrays):
+    """Load whole numpy arrays by name, as `np.load` gives them, into the model, on any mesh.
+
+    Names with a slash, a checkpoint's optimizer state, are passed over. Raises ValueError that
+    names what is missing, surplus or misshapen, before anything is loaded.
+    """
+    parameters = dict(model.named_parameters())
+    names = {name for name in arrays if "/" not in name and name != "about"}
+    wrong = [f"{name} is missing" for name in parameters.keys() - names]
+    wrong += [f"{name} is not in the model" for name in names - parameters.keys()]
+    for name in parameters.keys() & names:
+        shape, want = tuple(arrays[name].shape), tuple(parameters[name].shape)
+        if shape != want:
+            wrong.append(f"{name} has shape {shape}, in the model {want}")
+    if wrong:
+        raise ValueError("the weights are of another model: " + "; ".join(sorted(wrong)))
+    for name, parameter in parameters.items():
+        tensor = flow.tensor(np.ascontiguousarray(arrays[name], np.float32))
+        parameter.data.copy_(distribute(tensor, parameter.placement, parameter.sbp))
+
 
 TIMM_NAMES = {
-    "input_layernorm": "norm1",
-    "self_attention.query_key_value": "attn.qkv",
-    "self_attention.dense": "attn.proj",
-    "post_attention_layernorm": "norm2",
-    "mlp.dense_h_to_4h": "mlp.fc1",
-    "mlp.dense_4h_to_h": "mlp.fc2",
+    "norm1": "input_layernorm",
+    "attn.qkv": "self_attention.query_key_value",
+    "attn.proj": "self_attention.dense",
+    "norm2": "post_attention_layernorm",
+    "mlp.fc1": "mlp.dense_h_to_4h",
+    "mlp.fc2": "mlp.dense_4h_to_h",
 }
 
 
-def timm_name(name):
-    """The name of a parameter in timm and flowvision."""
-    for ours, theirs in TIMM_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
 def load_timm_state_dict(model, state_dict):
-    """Load arrays under timm's names, flowvision's too, into the model, on any mesh.
+    """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
 
     q, k and v, one after the other in timm, go side by side within each head. timm's models have a
-    `layer_norm_eps` of 1e-6. Raises ValueError that names what is missing, surplus or misshapen.
+    `layer_norm_eps` of 1e-6. Raises ValueError as `load_state_dict` does.
     """
-    ours = {timm_name(name): parameter for name, parameter in model.named_parameters()}
-    arrays = {k: np.asarray(v.numpy() if hasattr(v, "numpy") else v) for k, v in state_dict.items()}
-    wrong = [f"{name} is missing" for name in ours.keys() - arrays.keys()]
-    wrong += [f"{name} is not in the model" for name in arrays.keys() - ours.keys()]
-    wrong += [
-        f"{name} has shape {arrays[name].shape} for {tuple(ours[name].shape)}"
-        for name in ours.keys() & arrays.keys()
-        if arrays[name].shape != tuple(ours[name].shape)
-    ]
-    if wrong:
-        raise ValueError("; ".join(sorted(wrong)))
-    heads = model.blocks[0].self_attention.num_heads
-    for name, parameter in ours.items():
-        array = arrays[name]
+    heads, arrays = model.blocks[0].self_attention.num_heads, {}
+    for name, value in state_dict.items():
+        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
         if ".qkv." in name:  # (3, heads, head_size, ...) -> (heads, 3, head_size, ...)
             split = array.reshape(3, heads, array.shape[0] // (3 * heads), -1)
             array = split.swapaxes(0, 1).reshape(array.shape)
-        tensor = flow.tensor(np.ascontiguousarray(array, np.float32))
-        parameter.data.copy_(distribute(tensor, parameter.placement, parameter.sbp))
+        for theirs, ours in TIMM_NAMES.items():
+            name = name.replace(theirs, ours)
+        arrays[name] = array
+    load_state_dict(model, arrays)
