@@ -160,7 +160,7 @@ def test_ten_steps_give_the_losses_and_weights_of_one_process(runs, mesh, varian
         got = here[f"{name}/last/{key}"]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5, err_msg=key)
         before = runs(1)[0][f"1x1x1-graph-{depth_of(mesh)}/first/{key}"]
-        assert abs(want - before).max() > 1e-3, key  # all of it is trained
+        assert abs(want - before).max() > 1e-4, key  # all of it is trained
 
 
 GRAPHS = [case[0] for case in CASES if case[1] == "graph"]
