@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,17 @@ def train_on_every_mesh(out):
         cases = [((1, 1, 1), variant, depth) for variant in ("graph", "eager") for depth in (2, 4)]
     for mesh, variant, depth in cases:
         flags = ["--img-size", 16, "--patch-size", 4, "--embed-dim", 32, "--depth", depth]
-        flags += ["--num-heads", 4, "--steps", 10, "--num-classes", 2, "--lr", 0.005, *VARIANTS[variant]]
+        flags += [
+            "--num-heads",
+            4,
+            "--steps",
+            10,
+            "--num-classes",
+            2,
+            "--lr",
+            0.005,
+            *VARIANTS[variant],
+        ]
         flags += ["--weight-decay", 0.5]
         for axis, size in zip(("data", "tensor", "pipeline"), mesh):
             flags += [f"--{axis}-parallel", size]
@@ -229,9 +240,7 @@ def as_in_the_reference():
     class Reference(nn.Module):
         def __init__(self, width=8, depth=2, num_classes=3):
             super().__init__()
-            self.patch_embed = PatchEmbedding(
-                img_size=8, patch_size=4, in_chans=3, embed_dim=width
-            )
+            self.patch_embed = PatchEmbedding(img_size=8, patch_size=4, in_chans=3, embed_dim=width)
             broadcast = dict(
                 sbp=dist.get_nd_sbp([flow.sbp.broadcast, flow.sbp.broadcast]),
                 placement=dist.get_layer_placement(0),
@@ -345,9 +354,9 @@ def look_closely(out):
         graph = Graph(model.eval())
         images, labels = images_and_labels(4, 8, 3)
         graph(train.to_global(images, 0))
-        stages = [
-            block.to(nn.graph.GraphModule).stage_id for block in graph.model.blocks
-        ] + [graph.model.head.to(nn.graph.GraphModule).stage_id]
+        stages = [block.to(nn.graph.GraphModule).stage_id for block in graph.model.blocks] + [
+            graph.model.head.to(nn.graph.GraphModule).stage_id
+        ]
         seen[f"{kind}/graph"] = np.array(stages)
         seen[f"{kind}/drawn"] = np.array(str(dist))
 
@@ -359,8 +368,9 @@ def look_closely(out):
         whole = VisionTransformer(depth=2, **size)
         named = dict(model.named_parameters())
         state = {
-            key: flow.tensor(np.random.default_rng(len(key)).standard_normal(value.shape, "f4"))
-            .to_global(placement=flow.placement("cpu", list(range(4))), sbp=B)
+            key: flow.tensor(
+                np.random.default_rng(len(key)).standard_normal(value.shape, "f4")
+            ).to_global(placement=flow.placement("cpu", list(range(4))), sbp=B)
             for key, value in whole.state_dict().items()
         }
         whole.load_state_dict(state, strict=True)
@@ -535,6 +545,10 @@ BAD = {
     "--data FEW --num-classes 1": "--num-classes 1 is below the 2 folders",
     "--data FEW": "a batch of 32 images is more than the 4 there are",
     "--amp": "--amp needs a GPU",
+    "--resume": "--resume needs --output-dir",
+    "--eval-only": "--eval-only needs --init-from or --resume",
+    "--init-from NOWHERE": "NOWHERE must be an .npz file",
+    "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size 3 is odd",
     "--device cuda": "--device cuda needs a GPU",
     "--depth 0": "--depth: '0' must be a whole number at least 1",
     "--micro-batch-size -1": "'-1' must be a whole number",
@@ -602,18 +616,132 @@ def alive(pid):
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_one_process_that_dies_ends_all(tmp_path):
-    flags = ["--data-parallel", 2, "--steps", 100000, "--eager", "--output-dir", tmp_path]
-    command = [sys.executable, "train.py", *map(str, flags)]
-    run = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 5:
-        time.sleep(0.1)
-        assert run.poll() is None, run.stderr.read()
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    _, errors = run.communicate(timeout=30)
-    assert run.returncode == 1 and b"train.py: a process ended with" in errors
-    assert not any(alive(child) for child in children)
+def start(folder, *flags):
+    """Start train.py and wait for five lines of its metrics.jsonl; return it and its children."""
+    command = [sys.executable, "train.py", "--output-dir", folder, *flags]
+    log, lines = open(folder.with_suffix(".log"), "w"), folder / "metrics.jsonl"
+    before = lines.read_text() if lines.exists() else ""
+    run = subprocess.Popen(
+        list(map(str, command)), cwd=HERE, stdout=log, stderr=log, start_new_session=True
+    )
+    deadline = time.time() + 60
+    while not lines.exists() or len(lines.read_text()) < 400 or lines.read_text() == before:
+        time.sleep(0.02)
+        assert run.poll() is None and time.time() < deadline, Path(log.name).read_text()
+    return run, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+
+
+# Long runs --------------------------------------------------------------------------------------
+
+
+def arrays(folder):
+    newest = max(folder.glob("step-*.npz"))
+    return {k: v for k, v in np.load(newest).items() if k != "about"}
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights_to_the_bit(tmp_path):
+    flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 60, "--save-every", 2]
+    flags += ["--micro-batch-size", 4]
+    assert train_py(*flags, "--output-dir", tmp_path / "whole").returncode == 0
+    for victim, delay in (("rank", 0.1), ("all", 0.33), ("rank", 0.0)):
+        run, children = start(tmp_path / "killed", *flags, "--resume")
+        time.sleep(delay)
+        if victim == "all":
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            os.kill(int(children[1]), signal.SIGKILL)
+        assert run.wait(timeout=30) != 0
+        assert not any(map(alive, children))
+        if victim == "rank":
+            log = (tmp_path / "killed.log").read_text()
+            assert re.search("train.py: a process was ended by SIG.*, and with it the run", log)
+    assert train_py(*flags, "--output-dir", tmp_path / "killed", "--resume").returncode == 0
+    whole, killed = arrays(tmp_path / "whole"), arrays(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(np.array_equal(whole[key], killed[key]) for key in whole)
+    a, b = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
+    assert len(list((tmp_path / "killed").glob("step-*.npz"))) == 2  # --keep
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_command_ends_all_processes(tmp_path, name):
+    run, children = start(tmp_path / "out", *TINY, "--data-parallel", 2, "--steps", 9999, "--eager")
+    run.send_signal(getattr(signal, name))
+    assert run.wait(timeout=30) == 1 and len(children) == 2 and not any(map(alive, children))
+
+
+def test_a_run_goes_on_on_another_mesh_and_in_another_mode(tmp_path):
+    flags = [*TINY, "--steps", 12, "--save-every", 6]
+    mesh = "--data-parallel 2 --tensor-parallel 2 --shard-params --micro-batch-size 16".split()
+    assert train_py(*flags, "--output-dir", tmp_path / "one").returncode == 0
+    assert train_py(*flags, *mesh, "--output-dir", tmp_path / "four").returncode == 0
+    for source, others in (("one", mesh), ("four", ["--eager"])):
+        folder = tmp_path / f"from-{source}"
+        folder.mkdir()
+        shutil.copy(tmp_path / source / "step-00000006.npz", folder)
+        run = train_py(*flags, *others, "--output-dir", folder, "--resume")
+        assert run.returncode == 0 and "step-00000006.npz\n" in run.stdout, run.stderr
+        for got, want in zip(metrics(folder)[:6], metrics(tmp_path / "one")[6:]):
+            assert got["step"] == want["step"] and got["lr"] == pytest.approx(want["lr"])
+            assert abs(got["loss"] - want["loss"]) < 1e-5
+
+
+def test_a_checkpoint_is_used_skipped_or_refused_with_a_reason(tmp_path):
+    flags = [*TINY, "--steps", 6, "--save-every", 3, "--eager", "--output-dir", tmp_path / "run"]
+    assert "anew" in train_py(*flags, "--resume").stdout
+    third, sixth = sorted((tmp_path / "run").glob("step-*.npz"))
+    last = metrics(tmp_path / "run")[-1]
+    again = train_py(*flags)
+    assert again.returncode == 2 and "is there already: --resume goes on" in again.stderr
+    out = ["--output-dir", tmp_path / "other"]
+    train_py(*TINY, "--eval-only", "--init-from", sixth, *out)
+    assert metrics(tmp_path / "other")[-1] == {**last, "step": 0}
+    other = train_py(*TINY, "--embed-dim", 16, "--init-from", sixth)
+    assert other.returncode == 2 and "head.weight has shape (10, 32), in the model (10, 16)" in (
+        other.stderr
+    )
+    other = train_py("--output-dir", tmp_path / "run", "--resume")
+    assert other.returncode == 2 and "blocks.2.input_layernorm.bias is missing" in other.stderr
+    other = train_py(*flags, "--resume", "--micro-batch-size", 8)
+    assert other.returncode == 2 and "has 32 images a step, this run 8" in other.stderr
+    content = bytearray(sixth.read_bytes())
+    content[len(content) // 2] ^= 1
+    sixth.write_bytes(content)
+    (tmp_path / "run" / "step-00000009.npz").write_bytes(content[:1000])
+    run = train_py(*flags, "--resume")
+    assert run.returncode == 0 and run.stderr.count("is damaged and skipped") == 2
+    assert f"resuming from {third}" in run.stdout and metrics(tmp_path / "run")[-1] == last
+
+
+def test_a_loss_that_is_not_finite_and_a_save_that_fails_are_told_in_one_sentence(tmp_path):
+    flags = [*TINY, "--steps", 20, "--save-every", 1, "--eager", "--keep", 99]
+    wild = ["--lr", 1e30, "--clip-grad", 0, "--warmup-steps", 0, "--output-dir", tmp_path / "wild"]
+    run = train_py(*flags, *wild)
+    assert run.returncode == 1
+    step = int(re.fullmatch(r"train.py: .* step (\d+),.*\n", run.stderr)[1])
+    assert all(int(path.stem[5:]) < step for path in (tmp_path / "wild").glob("step-*.npz"))
+    command = [sys.executable, "train.py", *flags, "--resume", "--output-dir", tmp_path / "small"]
+    train_py(*flags[:-2], "--steps", 2, "--output-dir", tmp_path / "small")
+    kept = {path: path.read_bytes() for path in (tmp_path / "small").glob("step-*.npz")}
+    small = f"ulimit -f 200; exec {' '.join(map(str, command))}"  # of 1,024 bytes a file
+    run = subprocess.run(["bash", "-c", small], cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 1 and "step 20 could not be saved: [Errno 27]" in run.stderr
+    assert kept and all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_mixup_and_augmentation_are_the_same_on_any_mesh(folder, tmp_path):
+    flags = ["--data", folder, *TINY, "--steps", 8, "--eager", "--mixup", 0.8, "--cutmix", 1.0]
+    flags += ["--label-smoothing", 0.1, "--random-erasing", 0.5]
+    flags += ["--rand-augment", "rand-m9-mstd0.5-inc1"]
+    mesh = ["--data-parallel", 2, "--pipeline-parallel", 2, "--micro-batch-size", 16]
+    one = train_py(*flags, "--output-dir", tmp_path / "1")
+    four = train_py(*flags, *mesh, "--output-dir", tmp_path / "4")
+    assert one.returncode == four.returncode == 0, one.stderr + four.stderr
+    one, four = metrics(tmp_path / "1"), metrics(tmp_path / "4")
+    assert len({line["loss"] for line in one[:8]}) == 8
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(one[:8], four[:8]))
 
 
 if __name__ == "__main__":

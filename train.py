@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a Vision Transformer on synthetic images or on folders of images, on any mesh.
 
-    python train.py                                                     # one process, synthetic
-    python train.py --data-parallel 2 --tensor-parallel 2 --pipeline-parallel 2   # 8 processes
-    python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir runs/s16
-    python train.py --help
+python train.py                                                     # one process, synthetic
+python train.py --data-parallel 2 --tensor-parallel 2 --pipeline-parallel 2   # 8 processes
+python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir runs/s16
+python train.py --help
 """
 
 import argparse
@@ -70,19 +70,18 @@ DEMO = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 # 1. Arguments -----------------------------------------------------------------------------------
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a number in [low, high), or (low, high)."""
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a number in [low, high), or in (low, high) if `above`."""
+    bounds = f"{'above' if above else 'at least'} {low}" + f" and below {high}" * (high < math.inf)
 
     def parse(text):
         try:
             value = kind(text)
-            if not low <= value < high or (open_low and value == low):
-                raise ValueError
         except ValueError:
+            value = math.nan
+        if not low <= value < high or (above and value == low):
             what = "a whole number" if kind is int else "a number"
-            above = f"above {low}" if open_low else f"at least {low}"
-            below = f" and below {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} must be {what} {above}{below}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what} {bounds}")
         return value
 
     return parse
@@ -96,8 +95,8 @@ def stage_list(text):
 
 
 def parse_arguments(argv=None):
-    count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
-    zero_up = number(float, 0)
+    count, rate, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
+    zero_up, names = number(float, 0), ", ".join(MODELS)
     parser = Parser(
         description=__doc__.split("\n")[0],
         epilog="Sizes that are not given are those of --model; without --model, a small ViT.",
@@ -115,7 +114,7 @@ def parse_arguments(argv=None):
     add("--master-addr", default="127.0.0.1", help="address of machine 0")
     add("--master-port", type=number(int, 1, 65536), help="free port there; default: chosen")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help=", ".join(MODELS))
+    add("--model", metavar="NAME", help=names)
     for name in ("img-size", "patch-size", "embed-dim", "depth", "num-heads", "num-classes"):
         add(f"--{name}", type=count, metavar="N")
     add("--mlp-ratio", type=positive, metavar="R", help="width of the MLP / embed-dim")
@@ -154,27 +153,27 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
 
     args.world_size = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
-    if args.world_size % args.nnodes or args.node_rank >= args.nnodes:
-        parser.error(f"--nnodes {args.nnodes} must divide {args.world_size} processes, and"
-                     f" --node-rank {args.node_rank} be below it")
-    if args.nnodes > 1 and args.master_port is None:
-        parser.error(f"--nnodes {args.nnodes} needs --master-port, the same on every machine")
-    if args.model is not None and args.model not in MODELS:
-        parser.error(f"--model {args.model!r} must be one of {', '.join(MODELS)}")
-    if args.steps and args.epochs:
-        parser.error(f"--steps {args.steps} and --epochs {args.epochs}: give one of them")
-    if not flow.cuda.is_available() and (args.device == "cuda" or args.amp):
-        parser.error(f"{'--amp' if args.amp else '--device cuda'} needs a GPU; there is none here")
-    if args.eager and (args.amp or args.activation_checkpoint):
-        parser.error("--amp and --activation-checkpoint need the graph; leave out --eager")
-    if (args.resume or args.save_every) and not args.output_dir:
-        parser.error(f"{'--resume' if args.resume else '--save-every'} needs --output-dir")
-    if args.eval_only and not (args.resume or args.init_from):
-        parser.error("--eval-only needs weights: give --init-from or --resume")
-    if args.resume and args.init_from:
-        parser.error(f"--init-from {args.init_from} and --resume: give one of them")
-    if args.amp and args.device == "cpu":
-        parser.error("--amp needs CUDA; leave out --device cpu")
+    gpu, weights = flow.cuda.is_available(), args.resume or args.init_from
+    for wrong, message in (
+        (
+            args.world_size % args.nnodes,
+            f"--nnodes {args.nnodes} must divide {args.world_size} processes",
+        ),
+        (args.node_rank >= args.nnodes, f"--node-rank {args.node_rank} must be below --nnodes"),
+        (args.nnodes > 1 and not args.master_port, "--nnodes above 1 needs --master-port"),
+        (args.model and args.model not in MODELS, f"--model {args.model!r} must be one of {names}"),
+        (args.steps and args.epochs, f"--steps {args.steps} and --epochs {args.epochs}: give one"),
+        (args.device == "cuda" and not gpu, "--device cuda needs a GPU, and there is none here"),
+        (args.amp and (not gpu or args.device == "cpu"), "--amp needs a GPU to run on"),
+        (args.eager and args.amp, "--amp needs the graph: leave out --eager"),
+        (args.eager and args.activation_checkpoint, "--activation-checkpoint needs the graph"),
+        (args.resume and not args.output_dir, "--resume needs --output-dir"),
+        (args.save_every and not args.output_dir, "--save-every needs --output-dir"),
+        (args.resume and args.init_from, "--resume and --init-from: give one of them"),
+        (args.eval_only and not weights, "--eval-only needs --init-from or --resume"),
+    ):
+        if wrong:
+            parser.error(message)
     return args
 
 
@@ -206,12 +205,8 @@ class UnreadableImage(ValueError):
     """A file of --data that is not an image."""
 
 
-def seed_everything(*seeds):
-    """Seed all that flowvision's transforms draw from."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    flow.manual_seed(seed)
+def seed_of(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class FolderImages:
@@ -248,7 +243,9 @@ class FolderImages:
 
     def image(self, index, epoch):
         path = self.folder.samples[index][0]
-        seed_everything(self.seed, epoch, index)
+        seed = seed_of(self.seed, epoch, index)  # flowvision's transforms draw from all of these:
+        for draw in (random.seed, np.random.seed, flow.manual_seed):
+            draw(seed)
         try:
             return self.transform(self.folder.loader(path)).numpy()
         except Exception as error:
@@ -282,7 +279,7 @@ def load(images, batches, args, mixup=None):
             return images, labels
         pairs = []
         for i in range(0, len(keys), 2):
-            seed_everything(args.seed, *keys[i], 1)
+            np.random.seed(seed_of(args.seed, *keys[i], 1))
             pair = flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])
             pairs.append([mixed.numpy() for mixed in mixup(*pair)])
         return [np.concatenate(parts) for parts in zip(*pairs)]
@@ -343,7 +340,9 @@ def build_optimizer(model, args):
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim > 1 and name not in model.no_weight_decay()].append(parameter)
-    clip = dict(clip_grad_max_norm=args.clip_grad, clip_grad_norm_type=2.0) if args.clip_grad else {}
+    clip = (
+        dict(clip_grad_max_norm=args.clip_grad, clip_grad_norm_type=2.0) if args.clip_grad else {}
+    )
     optimizer = AdamW(
         [
             dict(params=groups[True], weight_decay=args.weight_decay, **clip),
@@ -459,7 +458,7 @@ def evaluate(model, images, args):
             logits = model(to_global(image, 0))["prediction_scores"].to_local().numpy()
             if logits.size:  # on the last stage
                 real = min(size, len(mine) - b * size)
-                logits, label = logits[:max(real, 0)].astype(np.float64), label[: max(real, 0)]
+                logits, label = logits[: max(real, 0)].astype(np.float64), label[: max(real, 0)]
                 logits -= logits.max(-1, keepdims=True, initial=-np.inf)
                 true = np.take_along_axis(logits, label[:, None], 1)
                 better = (logits > true).sum(1)
@@ -494,8 +493,10 @@ def save(trainer, step, args):
         for old in sorted(args.output_dir.glob("step-*.npz"))[: -args.keep]:
             old.unlink()
     except OSError as error:
-        print(f"train.py: step {step} could not be saved: {error}", file=sys.stderr, flush=True)
         beside.unlink(missing_ok=True)
+        print(f"train.py: step {step} could not be saved: {error}", file=sys.stderr, flush=True)
+        if step == args.steps:
+            fail("the run has ended without a checkpoint of its last step", code=1)
 
 
 def newest(args):
@@ -526,6 +527,11 @@ def load_file(model, path):
 
 def restore(trainer, args):
     """Go on from the newest checkpoint, if there is one; return its step."""
+    try:
+        if args.output_dir:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output-dir {args.output_dir} cannot be made: {error}") from None
     path = newest(args) if args.output_dir else None
     if path and not args.resume:
         raise ValueError(f"{path} is there already: --resume goes on from it")
@@ -590,7 +596,9 @@ def build(args):
     mixup = None
     if args.mixup or args.cutmix or args.label_smoothing:
         if args.micro_batch_size * args.accumulation_steps % 2:
-            raise ValueError(f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd")
+            raise ValueError(
+                f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
+            )
         mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
@@ -620,10 +628,13 @@ def fit(args, trainer, first_step, train, val, mixup):
             total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
         )
         if args.output_dir:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
             lines = open(args.output_dir / "metrics.jsonl", "a+", buffering=1)
             lines.seek(0)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            kept = [
+                line
+                for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= first_step
+            ]
             lines.truncate(0)
             lines.writelines(kept)
 
@@ -631,7 +642,9 @@ def fit(args, trainer, first_step, train, val, mixup):
         if lines:
             print(json.dumps(record), file=lines)
         if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
-            text = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
+            text = (
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
+            )
             left = (args.steps - step) / max(step - first_step, 1) * (time.perf_counter() - start)
             bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
 
@@ -722,6 +735,8 @@ def main():
     except UnreadableImage as error:  # comes out of a reader with the reader's traceback before it
         tell = dist.rank % dist.tensor_parallel_size == 0  # all shards of a replica read the file
         fail(str(error).strip().splitlines()[-1].split("UnreadableImage: ")[-1], tell)
+    except OSError as error:  # a full disk
+        fail(error, code=1)
     except BaseException as error:
         if "DataLoader worker" in str(error):
             fail(f"a process that reads images has died: {error}", code=1)

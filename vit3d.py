@@ -139,9 +139,7 @@ class Dist:
         elif pipeline_num_layers is not None:
             few, remainder = divmod(pipeline_num_layers, stages)
             stage_ids = [
-                stage
-                for stage in range(stages)
-                for _ in range(few + (stage >= stages - remainder))
+                stage for stage in range(stages) for _ in range(few + (stage >= stages - remainder))
             ]
         self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size = sizes
         self.device_type = device_type or ("cuda" if flow.cuda.is_available() else "cpu")
@@ -189,7 +187,9 @@ class Dist:
         rows = {"tensor shard": [range(t)] * p}
         rows.update({f"ranks of replica {i}": ranks[:, i] for i in range(d)})
         width = max(6 * t, len(max(heads, key=len)) + 3)
-        lines = [f"data {d} x tensor {t} x pipeline {p} = {d * t * p} processes, {self.device_type}"]
+        lines = [
+            f"data {d} x tensor {t} x pipeline {p} = {d * t * p} processes, {self.device_type}"
+        ]
         lines.append(" " * 20 + "".join(head.ljust(width) for head in heads))
         for label, stages in rows.items():
             cells = ["".join(f"{cell:<6}" for cell in stage).ljust(width) for stage in stages]
@@ -348,7 +348,9 @@ class PatchEmbedding(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, *, layer_idx=0):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"patches of side {patch_size} do not divide images of side {img_size}")
+            raise ValueError(
+                f"patches of side {patch_size} do not divide images of side {img_size}"
+            )
         self.img_size, self.patch_size = img_size, patch_size
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
@@ -496,6 +498,7 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
     "vit_giant_patch14_224": _sizes(14, 1408, 40, 16, 48 / 11),  # an MLP of 6144
     "vit_gigantic_patch14_224": _sizes(14, 1664, 48, 16, 64 / 13),  # an MLP of 8192
 }
+
 
 class VisionTransformer(nn.Module):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai."""
