@@ -208,13 +208,15 @@ def distribute(tensor, placement, sbp):
 def new_parameter(tensor, tensor_sbp=B, layer_idx=0):
     """A local CPU tensor, the same on every rank -> a parameter on the layer's placement.
 
-    Stored as [B, tensor_sbp]; with `shard_params` as [S(i), tensor_sbp], if a dimension i that the
-    tensor-parallel axis leaves whole divides. Every rank draws the whole weight and keeps its part:
-    a random initializer on a split tensor would give other weights on each mesh.
+    Stored as [B, tensor_sbp]; with `shard_params` as [S(i), tensor_sbp], i the first dimension that
+    divides and that tensor_sbp does not split. Every rank draws the whole weight and keeps its
+    part: a random initializer on a split tensor would give other weights on each mesh.
     """
-    data_sbp, free = B, 1 if tensor_sbp == S(0) else 0
-    if dist.shard_params and free < tensor.ndim:
-        data_sbp = B if tensor.shape[free] % dist.data_parallel_size else S(free)
+    free = [
+        i for i, n in enumerate(tensor.shape)
+        if n % dist.data_parallel_size == 0 and S(i) != tensor_sbp
+    ]  # fmt: skip
+    data_sbp = S(free[0]) if dist.shard_params and free else B
     sbp = dist.get_nd_sbp([data_sbp, tensor_sbp])
     return nn.Parameter(distribute(tensor, dist.get_layer_placement(layer_idx), sbp))
 
