@@ -60,7 +60,7 @@ from oneflow import nn
 from tqdm import tqdm
 
 from vit3d import MODELS, B, S, VisionTransformer, dist, distribute
-from vit3d import load_state_dict, load_timm_state_dict
+from vit3d import load_state_dict, load_timm_state_dict, require, whole
 
 # flowvision's own create_transform passes what its Resize warns of.
 warnings.filterwarnings("ignore", "Argument interpolation should be")
@@ -162,7 +162,10 @@ def parse_arguments(argv=None):
         (args.node_rank >= args.nnodes, f"--node-rank {args.node_rank} must be below --nnodes"),
         (args.nnodes > 1 and not args.master_port, "--nnodes above 1 needs --master-port"),
         (args.model and args.model not in MODELS, f"--model {args.model!r} must be one of {names}"),
-        (args.steps and args.epochs, f"--steps {args.steps} and --epochs {args.epochs}: give one"),
+        (
+            args.steps and args.epochs,
+            f"--steps {args.steps} and --epochs {args.epochs}: give one of them",
+        ),
         (args.device == "cuda" and not gpu, "--device cuda needs a GPU, and there is none here"),
         (args.amp and (not gpu or args.device == "cpu"), "--amp needs a GPU to run on"),
         (args.eager and args.amp, "--amp needs the graph: leave out --eager"),
@@ -214,8 +217,7 @@ class FolderImages:
 
     def __init__(self, split, args, img_size):
         root = args.data / split
-        if not root.is_dir():
-            raise ValueError(f"--data {args.data} must hold a folder {split}, and {root} is none")
+        require(root.is_dir(), f"--data {args.data} must hold a folder {split}, and {root} is none")
         try:
             self.folder = datasets.ImageFolder(str(root))
         except FileNotFoundError as error:  # no class folder, or a class without images
@@ -309,12 +311,6 @@ def to_global(array, layer_idx):
     )
 
 
-def to_numpy(tensor):
-    """A global tensor -> the whole of it as numpy, a copy, on the ranks of the first stage."""
-    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))
-    return tensor.to_global(placement=dist.get_layer_placement(0)).to_local().numpy().copy()
-
-
 # 3. The step ------------------------------------------------------------------------------------
 
 
@@ -394,15 +390,14 @@ class Trainer:
             self.graph = TrainGraph(model, self.optimizer, self.scheduler, args)
 
     def step(self, images, labels):
-        """A replica's batch as numpy -> (mean loss, on rank 0 alone; learning rate)."""
+        """A replica's batch as numpy -> (mean loss, learning rate)."""
         lr = self.optimizer.param_groups[0]["lr"]
         if self.args.eager:
             losses = self.eager_step(images, labels)
         else:
             losses = self.graph(to_global(images, 0), to_global(labels, -1))
         self.scheduler.step()  # a graph keeps its own count of steps: here it is for `lr`
-        losses = to_numpy(losses)
-        return (float(losses.mean()) if dist.rank == 0 else None), lr
+        return float(whole(losses).mean()), lr
 
     def tensors(self):
         """The weights by name, and Adam's moments of each as `adam/m/NAME` and `adam/v/NAME`."""
@@ -445,7 +440,7 @@ class Trainer:
 
 
 def evaluate(model, images, args):
-    """Validation loss, top-1 and top-5 accuracy, each image counted once, on rank 0."""
+    """Validation loss, top-1 and top-5 accuracy, each image counted once."""
     replicas, size = dist.data_parallel_size, args.micro_batch_size
     mine = list(range(dist.get_data_parallel_rank(), len(images), replicas))
     batches = math.ceil(len(images) / (replicas * size))
@@ -465,10 +460,9 @@ def evaluate(model, images, args):
                 losses = np.log(np.exp(logits).sum(1)) - true[:, 0]
                 sums += losses.sum(), (better < 1).sum(), (better < 5).sum(), len(label)
     model.train()
-    whole = to_numpy(to_global(sums[None], -1))  # (1, 4) of each replica -> (replicas, 4)
-    if dist.rank == 0:
-        loss, top1, top5, seen = whole.sum(0)
-        return dict(val_loss=loss / seen, top1=top1 / seen, top5=top5 / seen, images=int(seen))
+    # (1, 4) of each replica -> (replicas, 4) -> (4,)
+    loss, top1, top5, seen = whole(to_global(sums[None], -1)).sum(0)
+    return dict(val_loss=loss / seen, top1=top1 / seen, top5=top5 / seen, images=int(seen))
 
 
 # 4. Checkpoints ---------------------------------------------------------------------------------
@@ -479,16 +473,20 @@ def save(trainer, step, args):
 
     Complete or absent: it is written beside and then renamed.
     """
-    arrays = {name: to_numpy(tensor) for name, tensor in trainer.tensors().items()}
+    arrays = {}
+    for name, tensor in trainer.tensors().items():
+        array = whole(tensor)
+        if not np.isfinite(array).all():
+            fail(f"{name} is not finite after step {step}, which is not saved", dist.rank == 0, 1)
+        if dist.rank == 0:
+            arrays[name] = array
     if dist.rank > 0:
         return
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        fail(f"a weight or moment is not finite after step {step}, which is not saved", code=1)
     arguments = {key: str(value) for key, value in vars(args).items()}
     about = dict(step=step, batch_size=args.batch_size, arguments=arguments)
     beside = args.output_dir / "unfinished.npz"
     try:
-        np.savez(beside, about=json.dumps(about), **arrays)
+        np.savez(beside, **{"about/run": json.dumps(about)}, **arrays)
         beside.replace(args.output_dir / f"step-{step:08d}.npz")
         for old in sorted(args.output_dir.glob("step-*.npz"))[: -args.keep]:
             old.unlink()
@@ -533,19 +531,18 @@ def restore(trainer, args):
     except OSError as error:
         raise ValueError(f"--output-dir {args.output_dir} cannot be made: {error}") from None
     path = newest(args) if args.output_dir else None
-    if path and not args.resume:
-        raise ValueError(f"{path} is there already: --resume goes on from it")
+    require(args.resume or not path, f"{path} is there already: --resume goes on from it")
     if args.resume and dist.rank == 0:
         print(f"resuming from {path}" if path else f"no checkpoint in {args.output_dir}: anew")
     if not path:
         return 0
     arrays = np.load(path)
-    about = json.loads(str(arrays["about"]))
-    if about["batch_size"] != args.batch_size:
-        raise ValueError(
-            f"{path} has {about['batch_size']} images a step, this run {args.batch_size}: change"
-            " --micro-batch-size or --accumulation-steps"
-        )
+    about = json.loads(str(arrays["about/run"]))
+    require(
+        about["batch_size"] == args.batch_size,
+        f"{path} has {about['batch_size']} images a step, this run {args.batch_size}: change"
+        " --micro-batch-size or --accumulation-steps",
+    )
     trainer.load(arrays, about["step"])
     return about["step"]
 
@@ -571,34 +568,31 @@ def build(args):
     )
     if args.data:
         train, val = (FolderImages(split, args, args.img_size) for split in ("train", "val"))
-        if train.folder.classes != val.folder.classes:
-            odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
-            raise ValueError(f"{args.data}: train and val must hold the same classes, not {odd}")
-        classes = args.num_classes or train.num_classes
-        if classes < train.num_classes:
-            raise ValueError(f"--num-classes {classes} is below the {train.num_classes} folders")
+        odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
+        require(not odd, f"{args.data}: train and val must hold the same classes, not {odd}")
+        folders = train.num_classes
+        classes = args.num_classes or folders
+        require(classes >= folders, f"--num-classes {classes} is below the {folders} folders")
     else:
         classes = args.num_classes or 10
         train = SyntheticImages("train", 4096, classes, args.img_size, args.seed)
         val = SyntheticImages("val", 1000, classes, args.img_size, args.seed)
         args.workers = 0  # drawing is quick
-    args.batch_size = args.micro_batch_size * args.accumulation_steps * args.data_parallel
-    if len(train) < args.batch_size:
-        raise ValueError(
-            f"a batch of {args.batch_size} images is more than the {len(train)} there are"
-        )
+    share, mixup = args.micro_batch_size * args.accumulation_steps, None
+    args.batch_size = share * args.data_parallel
     per_epoch = len(train) // args.batch_size
+    require(
+        per_epoch, f"a batch of {args.batch_size} images is more than the {len(train)} there are"
+    )
     args.steps = args.steps or (args.epochs * per_epoch if args.epochs else 200)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
-    if args.warmup_steps > args.steps:
-        raise ValueError(f"--warmup-steps {args.warmup_steps} is more than all {args.steps} steps")
-    mixup = None
+    warmup = args.warmup_steps
+    require(warmup <= args.steps, f"--warmup-steps {warmup} is more than all {args.steps} steps")
     if args.mixup or args.cutmix or args.label_smoothing:
-        if args.micro_batch_size * args.accumulation_steps % 2:
-            raise ValueError(
-                f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
-            )
+        require(
+            share % 2 == 0, f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
+        )
         mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
@@ -639,6 +633,8 @@ def fit(args, trainer, first_step, train, val, mixup):
             lines.writelines(kept)
 
     def report(**record):
+        if dist.rank > 0:
+            return
         if lines:
             print(json.dumps(record), file=lines)
         if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
@@ -649,9 +645,7 @@ def fit(args, trainer, first_step, train, val, mixup):
             bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
 
     def validate():
-        result = evaluate(trainer.model, val, args)
-        if dist.rank == 0:
-            report(step=step, **result)
+        report(step=step, **evaluate(trainer.model, val, args))
 
     step, start = first_step, time.perf_counter()
     if args.eval_only:
@@ -662,14 +656,13 @@ def fit(args, trainer, first_step, train, val, mixup):
     for images, labels in load(train, batches, args, mixup):
         step += 1
         loss, lr = trainer.step(images, labels)
-        if dist.rank == 0:
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} at step {step}, learning rate {lr:.3g}", code=1)
-            before, now = now, time.perf_counter()
-            speed = round(args.batch_size / (now - before), 1)
-            report(step=step, loss=loss, lr=lr, images_per_s=speed)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
-            bar.update()
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step}, learning rate {lr:.3g}", dist.rank == 0, 1)
+        before, now = now, time.perf_counter()
+        speed = round(args.batch_size / (now - before), 1)
+        report(step=step, loss=loss, lr=lr, images_per_s=speed)
+        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
+        bar.update()
         last = step == args.steps
         if last or (args.eval_every and step % args.eval_every == 0):
             validate()

@@ -66,6 +66,7 @@ try:
         import oneflow as flow
     from flowvision.layers.weight_init import trunc_normal_
     from oneflow import nn
+    from PIL import Image
 except (ImportError, OSError, AttributeError) as error:
     raise ImportError(
         f"OneFlow 0.9.0 does not load on Python {sys.version_info[0]}.{sys.version_info[1]}"
@@ -74,9 +75,15 @@ except (ImportError, OSError, AttributeError) as error:
         " nvidia-cublas-cu11==11.10.3.66 nvidia-cudnn-cu11==8.5.0.96`."
     ) from None
 
-B, P, S = flow.sbp.broadcast, flow.sbp.partial_sum, flow.sbp.split
+B, S = flow.sbp.broadcast, flow.sbp.split
 
 # 2. The mesh ------------------------------------------------------------------------------------
+
+
+def require(condition, message):
+    """Tell a user's mistake before the engine aborts on it."""
+    if not condition:
+        raise ValueError(message)
 
 
 class Dist:
@@ -110,39 +117,34 @@ class Dist:
         With `shard_params` each weight is stored split along the data-parallel axis, too.
         Raises ValueError for a mesh that the processes or the layers do not fit.
         """
-        sizes = data_parallel_size, tensor_parallel_size, pipeline_parallel_size
-        stages, stage_ids = pipeline_parallel_size, custom_pipeline_stage_id
-        if min(sizes) < 1 or math.prod(sizes) != self.world_size:
-            raise ValueError(
-                "data x tensor x pipeline = {} x {} x {} = {}".format(*sizes, math.prod(sizes))
-                + f" must be the number of processes, {self.world_size}, each at least 1"
-            )
-        if device_type not in (None, "cpu", "cuda"):
-            raise ValueError(f"device_type {device_type!r} must be 'cpu', 'cuda' or None")
-        if device_type == "cuda" and not flow.cuda.is_available():
-            raise ValueError("device_type 'cuda' needs a GPU that OneFlow sees; take 'cpu'")
-        if pipeline_num_layers is None and stage_ids is None and stages > 1:
-            raise ValueError(f"{stages} pipeline stages need pipeline_num_layers to deal out")
-        if pipeline_num_layers is not None and pipeline_num_layers < stages:
-            raise ValueError(f"{pipeline_num_layers} layers are too few for {stages} stages")
+        d, t, p = sizes = data_parallel_size, tensor_parallel_size, pipeline_parallel_size
+        layers, stage_ids = pipeline_num_layers, custom_pipeline_stage_id
+        require(
+            min(sizes) >= 1 and d * t * p == self.world_size,
+            f"data x tensor x pipeline = {d} x {t} x {p} = {d * t * p} must be the number of"
+            f" processes, {self.world_size}, each at least 1",
+        )
+        cuda = flow.cuda.is_available()
+        require(
+            device_type in (None, "cpu", "cuda"), f"device_type {device_type!r} must be cpu, cuda"
+        )
+        require(cuda or device_type != "cuda", "device_type 'cuda' needs a GPU that OneFlow sees")
+        if stage_ids is None and layers is not None:
+            few, remainder = divmod(layers, p)
+            require(few, f"{layers} layers are too few for {p} stages, which must each have one")
+            stage_ids = [s for s in range(p) for _ in range(few + (s >= p - remainder))]
+        require(p == 1 or stage_ids is not None, f"{p} stages: pipeline_num_layers must be given")
         if stage_ids is not None:
-            stage_ids = list(stage_ids)
-            if len(stage_ids) != (pipeline_num_layers or len(stage_ids)):
-                raise ValueError(
-                    f"stage ids {stage_ids} name {len(stage_ids)} layers, the model has"
-                    f" {pipeline_num_layers}"
-                )
-            if stage_ids != sorted(stage_ids) or set(stage_ids) != set(range(stages)):
-                raise ValueError(
-                    f"stage ids {stage_ids} must rise from 0 to {stages - 1} and leave out none"
-                )
-        elif pipeline_num_layers is not None:
-            few, remainder = divmod(pipeline_num_layers, stages)
-            stage_ids = [
-                stage for stage in range(stages) for _ in range(few + (stage >= stages - remainder))
-            ]
+            require(
+                layers in (None, len(stage_ids)),
+                f"stage ids {stage_ids} name {len(stage_ids)} layers, the model has {layers}",
+            )
+            require(
+                list(stage_ids) == sorted(stage_ids) and set(stage_ids) == set(range(p)),
+                f"stage ids {stage_ids} must rise from 0 to {p - 1} and leave out none",
+            )
         self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size = sizes
-        self.device_type = device_type or ("cuda" if flow.cuda.is_available() else "cpu")
+        self.device_type = device_type or ("cuda" if cuda else "cpu")
         self.layer_stage_ids, self.shard_params = stage_ids, shard_params
 
     def get_dist_util(self):
@@ -155,17 +157,13 @@ class Dist:
 
     def get_layer_placement(self, layer_idx, device_type=None):
         """The `flow.placement` of a layer: all ranks of its stage, as a mesh of one or two axes."""
-        if self.data_parallel_size * self.tensor_parallel_size * self.pipeline_parallel_size != (
-            self.world_size
-        ):
-            raise ValueError(f"call dist.setup first: there are {self.world_size} processes")
-        size = self.data_parallel_size * self.tensor_parallel_size
-        first = self.get_layer_stage_id(layer_idx) * size
-        ranks = list(range(first, first + size))
-        if self.data_parallel_size > 1 and self.tensor_parallel_size > 1:
-            t = self.tensor_parallel_size
-            ranks = [ranks[i : i + t] for i in range(0, size, t)]
-        return flow.placement(device_type or self.device_type, ranks)
+        d, t, p = self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size
+        require(
+            d * t * p == self.world_size, f"dist.setup must lay out {self.world_size} processes"
+        )
+        ranks = np.arange(d * t * p).reshape(p, d, t)[self.get_layer_stage_id(layer_idx)]
+        ranks = ranks if d > 1 and t > 1 else ranks.flatten()
+        return flow.placement(device_type or self.device_type, ranks.tolist())
 
     def get_nd_sbp(self, sbp_list):
         """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
@@ -203,6 +201,13 @@ dist = Dist()
 def distribute(tensor, placement, sbp):
     """A local CPU tensor, the same on every rank -> a global one, of which each keeps its part."""
     return tensor.to_global(placement=placement, sbp=dist.get_nd_sbp([B, B])).to_global(sbp=sbp)
+
+
+def whole(tensor):
+    """A global tensor -> all of it as a numpy array, on every rank."""
+    everyone = flow.placement(dist.device_type, list(range(dist.world_size)))
+    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp)).to_global(placement=everyone, sbp=B)
+    return tensor.to_local().numpy().copy()  # what `numpy` gives can be the tensor's own memory
 
 
 def new_parameter(tensor, tensor_sbp=B, layer_idx=0):
@@ -248,14 +253,10 @@ class Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True, parallel="data", *, layer_idx=0):
         super().__init__()
         weight_sbp = {"data": B, "col": S(0), "row": S(1)}
-        if parallel not in weight_sbp:
-            raise ValueError(f"parallel {parallel!r} must be 'data', 'col' or 'row'")
-        split_size = {"data": 0, "col": out_features, "row": in_features}[parallel]
-        if split_size % dist.tensor_parallel_size:
-            raise ValueError(
-                f"a {parallel}-parallel Linear splits {split_size} features, which"
-                f" {dist.tensor_parallel_size} tensor-parallel ranks do not divide"
-            )
+        require(parallel in weight_sbp, f"parallel {parallel!r} must be 'data', 'col' or 'row'")
+        split = {"data": 0, "col": out_features, "row": in_features}[parallel]
+        ranks = dist.tensor_parallel_size
+        require(split % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {split} features")
         self.in_features, self.out_features, self.parallel = in_features, out_features, parallel
         weight = trunc_normal_(flow.empty(out_features, in_features), std=0.02)
         self.weight = new_parameter(weight, weight_sbp[parallel], layer_idx)
@@ -320,8 +321,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p=0.0):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout probability {p} must lie in [0, 1)")
+        require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
 
     def mask_shape(self, x):
@@ -362,8 +362,10 @@ class PatchEmbedding(nn.Module):
     def forward(self, x):
         b, c, h, w = x.shape
         p = self.patch_size
-        if (h, w) != (self.img_size, self.img_size):
-            raise ValueError(f"images of {h} x {w} pixels, the model takes {self.img_size} squared")
+        require(
+            h == w == self.img_size,
+            f"images of {h} x {w} pixels, the model takes {self.img_size} squared",
+        )
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (B, 3, H, W) -> (B, N, 3 P P)
@@ -411,14 +413,10 @@ class MultiheadAttention(nn.Module):
         layer_idx=0,
     ):
         super().__init__()
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"{num_attention_heads} heads do not divide {hidden_size} features")
-        if num_attention_heads % dist.tensor_parallel_size:
-            raise ValueError(
-                f"{dist.tensor_parallel_size} tensor-parallel ranks do not divide"
-                f" {num_attention_heads} heads"
-            )
-        self.num_heads, self.head_size = num_attention_heads, hidden_size // num_attention_heads
+        heads, ranks = num_attention_heads, dist.tensor_parallel_size
+        require(hidden_size % heads == 0, f"{heads} heads do not divide {hidden_size} features")
+        require(heads % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {heads} heads")
+        self.num_heads, self.head_size = heads, hidden_size // heads
         self.query_key_value = Linear(
             hidden_size, 3 * hidden_size, parallel="col", layer_idx=layer_idx
         )
@@ -600,50 +598,77 @@ class VisionTransformer(nn.Module):
 # 5. Weights in and out --------------------------------------------------------------------------
 
 
-def load_state_dict(model, arrays):
+def load_state_dict(model, arrays, keep_head=False):
     """Load whole numpy arrays by name, as `np.load` gives them, into the model, on any mesh.
 
-    Names with a slash, a checkpoint's optimizer state, are passed over. Raises ValueError that
-    names what is missing, surplus or misshapen, before anything is loaded.
+    Names with a slash, a checkpoint's optimizer state, are passed over; with `keep_head` those of
+    the head, too. Raises ValueError that names what is missing, surplus or misshapen, before
+    anything is loaded.
     """
-    parameters = dict(model.named_parameters())
-    names = {name for name in arrays if "/" not in name and name != "about"}
-    wrong = [f"{name} is missing" for name in parameters.keys() - names]
-    wrong += [f"{name} is not in the model" for name in names - parameters.keys()]
-    for name in parameters.keys() & names:
-        shape, want = tuple(arrays[name].shape), tuple(parameters[name].shape)
-        if shape != want:
-            wrong.append(f"{name} has shape {shape}, in the model {want}")
-    if wrong:
-        raise ValueError("the weights are of another model: " + "; ".join(sorted(wrong)))
+
+    def taken(name):
+        return "/" not in name and not (keep_head and name.startswith("head."))
+
+    parameters = {name: p for name, p in model.named_parameters() if taken(name)}
+    shapes = {name: tuple(arrays[name].shape) for name in arrays if taken(name)}
+    wrong = [f"{name} is missing" for name in parameters.keys() - shapes.keys()]
+    wrong += [f"{name} is not in the model" for name in shapes.keys() - parameters.keys()]
+    for name in parameters.keys() & shapes.keys():
+        shape = tuple(parameters[name].shape)
+        if shapes[name] != shape:
+            wrong.append(f"{name} has shape {shapes[name]}, in the model {shape}")
+    require(not wrong, "the weights are of another model: " + "; ".join(sorted(wrong)))
     for name, parameter in parameters.items():
         tensor = flow.tensor(np.ascontiguousarray(arrays[name], np.float32))
         parameter.data.copy_(distribute(tensor, parameter.placement, parameter.sbp))
 
 
 TIMM_NAMES = {
-    "norm1": "input_layernorm",
-    "attn.qkv": "self_attention.query_key_value",
-    "attn.proj": "self_attention.dense",
-    "norm2": "post_attention_layernorm",
-    "mlp.fc1": "mlp.dense_h_to_4h",
-    "mlp.fc2": "mlp.dense_4h_to_h",
+    "input_layernorm": "norm1",
+    "self_attention.query_key_value": "attn.qkv",
+    "self_attention.dense": "attn.proj",
+    "post_attention_layernorm": "norm2",
+    "mlp.dense_h_to_4h": "mlp.fc1",
+    "mlp.dense_4h_to_h": "mlp.fc2",
 }
 
 
-def load_timm_state_dict(model, state_dict):
+def load_timm_state_dict(model, state_dict, keep_head=False):
     """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
 
-    q, k and v, one after the other in timm, go side by side within each head. timm's models have a
-    `layer_norm_eps` of 1e-6. Raises ValueError as `load_state_dict` does.
+    q, k and v, one after the other in timm, go side by side within each head. A position embedding
+    of another grid is interpolated as in timm (bicubic, antialiased, class token kept). With
+    `keep_head` the head keeps its initial values. Raises ValueError as `load_state_dict` does.
+    Build the model with `layer_norm_eps=1e-6`, timm's value.
     """
     heads, arrays = model.blocks[0].self_attention.num_heads, {}
     for name, value in state_dict.items():
         array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
         if ".qkv." in name:  # (3, heads, head_size, ...) -> (heads, 3, head_size, ...)
-            split = array.reshape(3, heads, array.shape[0] // (3 * heads), -1)
-            array = split.swapaxes(0, 1).reshape(array.shape)
-        for theirs, ours in TIMM_NAMES.items():
+            array = array.reshape(3, heads, -1, *array.shape[1:]).swapaxes(0, 1)
+            array = array.reshape(-1, *array.shape[3:])
+        if name == "pos_embed" and array.shape != tuple(model.pos_embed.shape):
+            old, new = (math.isqrt(shape[1] - 1) for shape in (array.shape, model.pos_embed.shape))
+            grid = array[0, 1:].reshape(old, old, -1).astype(np.float32)
+            grid = [
+                Image.fromarray(g).resize((new, new), Image.BICUBIC) for g in np.rollaxis(grid, 2)
+            ]
+            array = np.concatenate([array[:, :1], np.stack(grid, -1).reshape(1, new * new, -1)], 1)
+        for ours, theirs in TIMM_NAMES.items():
             name = name.replace(theirs, ours)
         arrays[name] = array
-    load_state_dict(model, arrays)
+    load_state_dict(model, arrays, keep_head)
+
+
+def to_timm_state_dict(model):
+    """The inverse of `load_timm_state_dict`: whole numpy arrays, the same on every rank."""
+    heads, arrays = model.blocks[0].self_attention.num_heads, {}
+    for name, parameter in model.named_parameters():
+        array = whole(parameter)
+        for ours, theirs in TIMM_NAMES.items():
+            name = name.replace(ours, theirs)
+        if ".qkv." in name:  # (heads, 3, head_size, ...) -> (3, heads, head_size, ...)
+            array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1)
+            array = array.reshape(-1, *array.shape[3:])
+        arrays[name] = array
+    return arrays
