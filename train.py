@@ -118,6 +118,7 @@ def parse_arguments(argv=None):
     for name in ("img-size", "patch-size", "embed-dim", "depth", "num-heads", "num-classes"):
         add(f"--{name}", type=count, metavar="N")
     add("--mlp-ratio", type=positive, metavar="R", help="width of the MLP / embed-dim")
+    add("--layer-norm-eps", type=positive, default=1e-5, help="LiBai's; timm's is 1e-6")
     for name in ("drop-rate", "attn-drop-rate", "drop-path-rate"):
         add(f"--{name}", type=rate, default=0.0, metavar="P")
     add = parser.add_argument_group("data").add_argument
@@ -145,6 +146,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--eval-every", type=count, help="steps between validations; there is one at the end")
     add("--eval-only", action="store_true", help="validate the weights of --init-from, --resume")
+    add("--benchmark", action="store_true", help="time a step and inference instead of training")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoints go")
     add("--save-every", type=count, help="steps between checkpoints; there is one at the end")
     add("--keep", type=count, default=2, help="checkpoints that stay, the newest")
@@ -608,35 +610,39 @@ def build(args):
         drop_path_rate=args.drop_path_rate,
         num_classes=classes,
         loss_func=SoftTargetCrossEntropy() if mixup else None,
+        layer_norm_eps=args.layer_norm_eps,
     )
     return model, train, val, mixup
 
 
 def fit(args, trainer, first_step, train, val, mixup):
     """Train, validate and report; rank 0 prints and writes."""
-    bar, lines = tqdm(disable=True), None
+    bar, metrics, weights = tqdm(disable=True), None, list(trainer.model.parameters())
+    held = 12 * sum(w.to_local().numel() for w in weights)  # bytes: a weight, its m and its v
+    everyone = flow.placement(dist.device_type, list(range(dist.world_size)))
+    held = whole(flow.tensor([held]).to_global(placement=everyone, sbp=S(0))) / 1e6
     if dist.rank == 0:
-        count = sum(parameter.numel() for parameter in trainer.model.parameters())
-        print(f"{dist}\n{count:,} parameters, {args.batch_size} images a step, {args.steps} steps")
-        bar = tqdm(
-            total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+        print(
+            f"{dist}\n{sum(w.numel() for w in weights):,} parameters; a process holds"
+            f" {held.min():.1f} to {held.max():.1f} MB of weights and optimizer state\n"
+            f"{args.batch_size} images a step, {args.steps} steps"
         )
+        bar = tqdm(total=args.steps, initial=first_step, disable=not sys.stderr.isatty())
         if args.output_dir:
-            lines = open(args.output_dir / "metrics.jsonl", "a+", buffering=1)
-            lines.seek(0)
-            kept = [
-                line
-                for line in lines
-                if line.endswith("\n") and json.loads(line)["step"] <= first_step
-            ]
-            lines.truncate(0)
-            lines.writelines(kept)
+            path, lines = args.output_dir / "metrics.jsonl", []
+            if first_step:  # a killed run has lines past its last checkpoint, the last one torn
+                lines = [line for line in path.open() if line.endswith("}\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+            beside = path.with_suffix(".unfinished")
+            beside.write_text("".join(kept))
+            beside.replace(path)
+            metrics = path.open("a", buffering=1)
 
     def report(**record):
         if dist.rank > 0:
             return
-        if lines:
-            print(json.dumps(record), file=lines)
+        if metrics:
+            print(json.dumps(record), file=metrics)
         if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
             text = (
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
@@ -648,9 +654,9 @@ def fit(args, trainer, first_step, train, val, mixup):
         report(step=step, **evaluate(trainer.model, val, args))
 
     step, start = first_step, time.perf_counter()
+    now = start
     if args.eval_only:
         return validate()
-    now = start
     flow.manual_seed(args.seed + first_step)  # of the masks: a graph draws their seeds when built
     batches = training_batches(len(train), args.batch_size, args.seed, first_step, args.steps)
     for images, labels in load(train, batches, args, mixup):
@@ -658,8 +664,7 @@ def fit(args, trainer, first_step, train, val, mixup):
         loss, lr = trainer.step(images, labels)
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}, learning rate {lr:.3g}", dist.rank == 0, 1)
-        before, now = now, time.perf_counter()
-        speed = round(args.batch_size / (now - before), 1)
+        speed = round(args.batch_size / (time.perf_counter() - now), 1)
         report(step=step, loss=loss, lr=lr, images_per_s=speed)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
         bar.update()
@@ -668,7 +673,48 @@ def fit(args, trainer, first_step, train, val, mixup):
             validate()
         if args.output_dir and (last or (args.save_every and step % args.save_every == 0)):
             save(trainer, step, args)
+        now = time.perf_counter()
     bar.close()
+
+
+def benchmark(args, trainer, train):
+    """Print the median times of a training step and of inference, and the model's FLOP/s.
+
+    The model's FLOPs are those of its matrix products, 2 a multiply-add, times 3 for training. The
+    peak is that of one process's matrix product of 1024 x 1024, times the processes.
+    """
+
+    def median(run, repeats=12):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[2:]))
+
+    started = time.perf_counter()
+    model, square = trainer.model, flow.rand(1024, 1024)
+    batches = training_batches(len(train), args.batch_size, args.seed, 0, 1)
+    images, labels = next(iter(load(train, batches, args)))
+    trainer.step(images, labels)
+    compiled = time.perf_counter() - started
+    peak = dist.world_size * 2 * 1024**3 / median(lambda: flow.matmul(square, square).numpy())
+    step = median(lambda: trainer.step(images, labels))
+    model.eval()
+    with flow.no_grad():
+        forward = median(lambda: whole(model(to_global(images, 0))["prediction_scores"]))
+    tokens = model.pos_embed.shape[1]
+    products = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) * tokens
+    products += 2 * tokens**2 * model.pos_embed.shape[2] * len(model.blocks)
+    products += model.patch_embed.proj.weight.numel() * (tokens - 1) + model.head.weight.numel()
+    if dist.rank == 0:
+        print(f"first step, compilation included: {compiled:.1f} s; peak {peak / 1e9:.0f} GFLOP/s")
+        for name, seconds, flops in (("step", step, 6), ("inference", forward, 2)):
+            speed = flops * products * args.batch_size / seconds
+            print(
+                f"{name}: {1e3 * seconds:.0f} ms, {args.batch_size / seconds:.1f} images/s,"
+                f" {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
+            )
 
 
 def launch(args):
@@ -724,6 +770,8 @@ def main():
     except ValueError as error:  # all processes find the same mistake, one tells of it
         fail(error, tell=dist.rank == 0)
     try:
+        if args.benchmark:
+            return benchmark(args, trainer, data[0])
         fit(args, trainer, first_step, *data)
     except UnreadableImage as error:  # comes out of a reader with the reader's traceback before it
         tell = dist.rank % dist.tensor_parallel_size == 0  # all shards of a replica read the file
