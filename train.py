@@ -230,14 +230,20 @@ class FolderImages:
             normalize = create_transform(img_size).transforms[-2:]
             self.transform = transforms.Compose([resize, *normalize])
         else:
-            self.transform = create_transform(
-                img_size,
-                is_training=split == "train",
-                color_jitter=None,
-                auto_augment=args.rand_augment,
-                re_prob=args.random_erasing,
-                re_mode="pixel",
-            )
+            policy = args.rand_augment
+            try:
+                self.transform = create_transform(
+                    img_size,
+                    is_training=split == "train",
+                    color_jitter=None,
+                    auto_augment=policy,
+                    re_prob=args.random_erasing,
+                    re_mode="pixel",
+                )
+            except AssertionError:
+                raise ValueError(
+                    f"--rand-augment {policy!r} must be a policy such as rand-m9-mstd0.5-inc1"
+                ) from None
 
     def __len__(self):
         return len(self.folder)
@@ -630,7 +636,9 @@ def fit(args, trainer, first_step, train, val, mixup):
         bar = tqdm(total=args.steps, initial=first_step, disable=not sys.stderr.isatty())
         if args.output_dir:
             path, lines = args.output_dir / "metrics.jsonl", []
-            if first_step:  # a killed run has lines past its last checkpoint, the last one torn
+            if (
+                first_step and path.exists()
+            ):  # a killed run has lines past its last checkpoint, the last one torn
                 lines = [line for line in path.open() if line.endswith("}\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= first_step]
             beside = path.with_suffix(".unfinished")

@@ -243,10 +243,10 @@ def gather(parameter):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with the weight whole ("data"), or split by rows of W ("col") or columns ("row").
+    """y = x W^T + b with W^T whole ("data"), split by its columns ("col") or by its rows ("row").
 
-    In LiBai's words column- and row-parallel, after the axes of W^T. x: (..., in_features),
-    y: (..., out_features), sbp of both as in `forward`; sizes must divide by tensor_parallel_size.
+    x: (..., in_features), y: (..., out_features), the sbp of both as in `forward`. Raises
+    ValueError if tensor_parallel_size does not divide the features that are split.
     Initial weights: truncated normal, std 0.02 (LiBai); initial bias: zero.
     """
 
@@ -335,7 +335,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Stochastic depth: as Dropout, but one draw for each sample (Huang et al., arXiv:1603.09382)."""
+    """Stochastic depth: Dropout with one draw for each sample (Huang et al., arXiv:1603.09382)."""
 
     def mask_shape(self, x):
         return [x.shape[0]] + [1] * (x.ndim - 1)
@@ -344,15 +344,13 @@ class DropPath(Dropout):
 class PatchEmbedding(nn.Module):
     """Images (B, in_chans, H, W) -> patch vectors (B, N, embed_dim), N = H W / patch_size^2.
 
-    Source: the paper, section 3.1. The weight has the shape of a convolution's, (C, in_chans, P, P).
+    Source: the paper, section 3.1. The weight has a convolution's shape, (C, in_chans, P, P).
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, *, layer_idx=0):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(
-                f"patches of side {patch_size} do not divide images of side {img_size}"
-            )
+        misfit = f"patches of side {patch_size} do not divide images of side {img_size}"
+        require(img_size % patch_size == 0, misfit)
         self.img_size, self.patch_size = img_size, patch_size
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
@@ -362,10 +360,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, x):
         b, c, h, w = x.shape
         p = self.patch_size
-        require(
-            h == w == self.img_size,
-            f"images of {h} x {w} pixels, the model takes {self.img_size} squared",
-        )
+        require(h == w == self.img_size, f"images of {h} x {w}, the model takes {self.img_size}")
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (B, 3, H, W) -> (B, N, 3 P P)
