@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,8 +26,6 @@ LAUNCH = "import vit3d; from oneflow.distributed import launch; launch.main()"
 
 
 def free_port():
-    import socket
-
     with socket.socket() as free:
         free.bind(("", 0))
         return str(free.getsockname()[1])

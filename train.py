@@ -636,9 +636,8 @@ def fit(args, trainer, first_step, train, val, mixup):
         bar = tqdm(total=args.steps, initial=first_step, disable=not sys.stderr.isatty())
         if args.output_dir:
             path, lines = args.output_dir / "metrics.jsonl", []
-            if (
-                first_step and path.exists()
-            ):  # a killed run has lines past its last checkpoint, the last one torn
+            # A killed run has lines past its last checkpoint, the last of them perhaps torn.
+            if first_step and path.exists():
                 lines = [line for line in path.open() if line.endswith("}\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= first_step]
             beside = path.with_suffix(".unfinished")
