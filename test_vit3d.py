@@ -92,19 +92,9 @@ def train_on_every_mesh(out):
             ((1, 1, 1), variant, depth) for variant in ("graph", "eager") for depth in (1, 2, 4)
         ]
     for mesh, variant, depth in cases:
-        flags = ["--img-size", 16, "--patch-size", 4, "--embed-dim", 32, "--depth", depth]
-        flags += [
-            "--num-heads",
-            4,
-            "--steps",
-            10,
-            "--num-classes",
-            2,
-            "--lr",
-            0.005,
-            *VARIANTS[variant],
-        ]
-        flags += ["--weight-decay", 0.5]
+        flags = "--img-size 16 --patch-size 4 --embed-dim 32 --num-heads 4 --num-classes 2".split()
+        flags += "--steps 10 --lr 0.005 --weight-decay 0.5".split()
+        flags += ["--depth", depth, *VARIANTS[variant]]
         for axis, size in zip(("data", "tensor", "pipeline"), mesh):
             flags += [f"--{axis}-parallel", size]
         micro_batches = mesh[0] * (2 if "accumulation" in variant else 1)
@@ -293,7 +283,7 @@ def look_closely(out):
     import train
     from vit3d import B, Dropout, DropPath, Linear, S, VisionTransformer, dist, whole
 
-    seen = {}
+    seen = {"default": np.array(str(dist))}
     dist.setup(2, 2, 1)
     world = dist.get_layer_placement(0)
     for parallel in ("col", "row"):
@@ -435,6 +425,10 @@ def test_blocks_lie_on_the_stages_that_were_asked_for(looks, kind, ids):
         assert seen[f"{kind}/graph"].tolist() == ids + [3]  # the ids that make it 1F1B
     drawn = str(looks[0]["custom/drawn"]).splitlines()
     assert drawn[1].split("  ")[-1].strip() == "stage 3: blocks 5-5" and drawn[-1].endswith("3")
+
+
+def test_processes_are_replicas_until_a_mesh_is_laid_out(looks):
+    assert all(str(seen["default"]).startswith("data 4 x tensor 1 x pipeline 1") for seen in looks)
 
 
 @pytest.mark.parametrize("mesh", ["2x2x1", "2x1x2", "1x2x2"])
@@ -599,7 +593,7 @@ BAD = {
     "--data BARE": "BARE/train: Found no valid file for the classes a",
     "--data ODD": r"train and val must hold the same classes, not \['b'\]",
     "--data BROKEN --micro-batch-size 1": "BROKEN/train/a/1.png cannot be read as an image",
-    "--data BROKEN --micro-batch-size 1 --tensor-parallel 2 --eager": "train/a/1.png cannot be read",
+    "--data BROKEN --micro-batch-size 1 --tensor-parallel 2 --eager": "a/1.png cannot be read",
     "--data FEW --num-classes 1": "--num-classes 1 is below the 2 folders",
     "--data FEW --rand-augment wild": "'wild' must be a policy such as rand-m9",
     "--data FEW": "a batch of 32 images is more than the 4 there are",

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -621,71 +622,77 @@ def build(args):
     return model, train, val, mixup
 
 
-def fit(args, trainer, first_step, train, val, mixup):
-    """Train, validate and report; rank 0 prints and writes."""
-    bar, metrics, weights = tqdm(disable=True), None, list(trainer.model.parameters())
-    held = 12 * sum(w.to_local().numel() for w in weights)  # bytes: a weight, its m and its v
+def of_all_ranks(number):
+    """A number of each process -> all of them as numpy, by rank."""
     everyone = flow.placement(dist.device_type, list(range(dist.world_size)))
-    held = whole(flow.tensor([held]).to_global(placement=everyone, sbp=S(0))) / 1e6
+    return whole(flow.tensor([number]).to_global(placement=everyone, sbp=S(0)))
+
+
+def describe(args, model):
+    """Print the mesh, and what a process holds: 12 bytes for a weight and its two moments."""
+    held = of_all_ranks(sum(w.to_local().numel() for w in model.parameters())) * 12 / 1e6
     if dist.rank == 0:
         print(
-            f"{dist}\n{sum(w.numel() for w in weights):,} parameters; a process holds"
+            f"{dist}\n{sum(w.numel() for w in model.parameters()):,} parameters; a process holds"
             f" {held.min():.1f} to {held.max():.1f} MB of weights and optimizer state\n"
             f"{args.batch_size} images a step, {args.steps} steps"
         )
-        bar = tqdm(total=args.steps, initial=first_step, disable=not sys.stderr.isatty())
-        if args.output_dir:
-            path, lines = args.output_dir / "metrics.jsonl", []
-            # A killed run has lines past its last checkpoint, the last of them perhaps torn.
-            if first_step and path.exists():
-                lines = [line for line in path.open() if line.endswith("}\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            beside = path.with_suffix(".unfinished")
-            beside.write_text("".join(kept))
-            beside.replace(path)
-            metrics = path.open("a", buffering=1)
 
-    def report(**record):
-        if dist.rank > 0:
-            return
+
+def open_metrics(args, first_step):
+    """metrics.jsonl without the lines past the checkpoint, of which a killed run can leave some."""
+    path, lines = args.output_dir / "metrics.jsonl", []
+    if first_step and path.exists():
+        lines = [line for line in path.open() if line.endswith("}\n")]  # the last may be torn
+    beside = path.with_suffix(".unfinished")
+    beside.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+    beside.replace(path)
+    return path.open("a", buffering=1)
+
+
+def fit(args, trainer, first_step, train, val, mixup):
+    """Train, validate, report and save; rank 0 prints and writes."""
+    quiet = dist.rank > 0 or not sys.stderr.isatty()
+    bar = tqdm(total=args.steps, initial=first_step, disable=quiet)
+    metrics = open_metrics(args, first_step) if args.output_dir and dist.rank == 0 else None
+    step, start = first_step, time.perf_counter()
+
+    def report(show, **record):
         if metrics:
             print(json.dumps(record), file=metrics)
-        if "val_loss" in record or (bar.disable and step % max(args.steps // 20, 1) == 0):
-            text = (
+        if show and dist.rank == 0:
+            text = [
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
-            )
+            ]
             left = (args.steps - step) / max(step - first_step, 1) * (time.perf_counter() - start)
             bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
 
-    def validate():
-        report(step=step, **evaluate(trainer.model, val, args))
-
-    step, start = first_step, time.perf_counter()
-    now = start
     if args.eval_only:
-        return validate()
+        return report(True, step=step, **evaluate(trainer.model, val, args))
     flow.manual_seed(args.seed + first_step)  # of the masks: a graph draws their seeds when built
     batches = training_batches(len(train), args.batch_size, args.seed, first_step, args.steps)
+    before = start
     for images, labels in load(train, batches, args, mixup):
         step += 1
         loss, lr = trainer.step(images, labels)
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}, learning rate {lr:.3g}", dist.rank == 0, 1)
-        speed = round(args.batch_size / (time.perf_counter() - now), 1)
-        report(step=step, loss=loss, lr=lr, images_per_s=speed)
+        speed = round(args.batch_size / (time.perf_counter() - before), 1)
+        show = bar.disable and step % max(args.steps // 20, 1) == 0
+        report(show, step=step, loss=loss, lr=lr, images_per_s=speed)
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=speed)
         bar.update()
         last = step == args.steps
         if last or (args.eval_every and step % args.eval_every == 0):
-            validate()
+            report(True, step=step, **evaluate(trainer.model, val, args))
         if args.output_dir and (last or (args.save_every and step % args.save_every == 0)):
             save(trainer, step, args)
-        now = time.perf_counter()
+        before = time.perf_counter()
     bar.close()
 
 
 def benchmark(args, trainer, train):
-    """Print the median times of a training step and of inference, and the model's FLOP/s.
+    """Print the median times of a training step and of inference, FLOP/s and the peak memory.
 
     The model's FLOPs are those of its matrix products, 2 a multiply-add, times 3 for training. The
     peak is that of the best of 10 matrix products of 1024 x 1024, times the processes.
@@ -699,31 +706,31 @@ def benchmark(args, trainer, train):
             times.append(time.perf_counter() - start)
         return float(of(times[2:]))
 
-    square = flow.rand(1024, 1024)
-    best = seconds(lambda: flow.matmul(square, square).numpy(), of=min)
-    peak = dist.world_size * 2 * 1024**3 / best
-    started = time.perf_counter()
-    model = trainer.model
+    square, model = flow.rand(1024, 1024), trainer.model
+    peak = dist.world_size * 2 * 1024**3 / seconds(lambda: flow.matmul(square, square).numpy(), min)
     batches = training_batches(len(train), args.batch_size, args.seed, 0, 1)
     images, labels = next(iter(load(train, batches, args)))
+    start = time.perf_counter()
     trainer.step(images, labels)
-    compiled = time.perf_counter() - started
+    first = time.perf_counter() - start
     step = seconds(lambda: trainer.step(images, labels))
     model.eval()
     with flow.no_grad():
-        forward = seconds(lambda: whole(model(to_global(images, 0))["prediction_scores"]))
-    tokens = model.pos_embed.shape[1]
+        inference = seconds(lambda: whole(model(to_global(images, 0))["prediction_scores"]))
+    tokens, width = model.pos_embed.shape[1:]
     products = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) * tokens
-    products += 2 * tokens**2 * model.pos_embed.shape[2] * len(model.blocks)
+    products += 2 * tokens**2 * width * len(model.blocks)
     products += model.patch_embed.proj.weight.numel() * (tokens - 1) + model.head.weight.numel()
+    memory = of_all_ranks(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1000
     if dist.rank == 0:
-        print(f"first step, compilation included: {compiled:.1f} s; peak {peak / 1e9:.0f} GFLOP/s")
-        for name, seconds, flops in (("step", step, 6), ("inference", forward, 2)):
-            speed = flops * products * args.batch_size / seconds
+        print(f"first step, compilation included: {first:.1f} s; peak {peak / 1e9:.0f} GFLOP/s")
+        for name, took, flops in (("step", step, 6), ("inference", inference, 2)):
+            speed = flops * products * args.batch_size / took
             print(
-                f"{name}: {1e3 * seconds:.0f} ms, {args.batch_size / seconds:.1f} images/s,"
+                f"{name}: {1e3 * took:.0f} ms, {args.batch_size / took:.1f} images/s,"
                 f" {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
             )
+        print(f"peak resident size of a process: {memory.min():.0f} to {memory.max():.0f} MB")
 
 
 def launch(args):
@@ -779,6 +786,7 @@ def main():
     except ValueError as error:  # all processes find the same mistake, one tells of it
         fail(error, tell=dist.rank == 0)
     try:
+        describe(args, model)
         if args.benchmark:
             return benchmark(args, trainer, data[0])
         fit(args, trainer, first_step, *data)
