@@ -140,7 +140,11 @@ def parse_arguments(argv=None):
     add("--warmup-steps", type=number(int, 0), help="default: a tenth of all steps")
     add("--weight-decay", type=zero_up, default=0.05, help="of weights; not of biases and norms")
     add("--clip-grad", type=zero_up, default=1.0, help="highest norm of all gradients; 0: none")
-    add("--activation-checkpoint", action="store_true", help="recompute blocks to save memory")
+    add(
+        "--activation-checkpoint",
+        action="store_true",
+        help="recompute blocks to save memory (CUDA)",
+    )
     add("--amp", action="store_true", help="half precision (CUDA)")
     add("--eager", action="store_true", help="run without nn.Graph")
     add("--seed", type=number(int, 0, 2**31), default=0)
@@ -190,10 +194,9 @@ class SyntheticImages:
     """Class-dependent patterns under noise; sample i is a function of the seed and i alone."""
 
     def __init__(self, split, length, num_classes, img_size, seed):
-        self.length, self.num_classes, self.seed, self.split = length, num_classes, seed, split
-        coarse = np.random.default_rng(seed).standard_normal((num_classes, 3, 4, 4))
-        scale = math.ceil(img_size / 4)
-        self.patterns = coarse.repeat(scale, 2).repeat(scale, 3)[:, :, :img_size, :img_size]
+        self.length, self.num_classes, self.img_size = length, num_classes, img_size
+        self.seed, self.split = seed, split
+        self.patterns = np.random.default_rng(seed).standard_normal((num_classes, 3, 4, 4))
 
     def __len__(self):
         return self.length
@@ -203,7 +206,9 @@ class SyntheticImages:
 
     def image(self, index, epoch):
         rng = np.random.default_rng([self.seed, self.split == "val", index])
-        pattern = self.patterns[self.label(index)]
+        size, scale = self.img_size, math.ceil(self.img_size / 4)
+        pattern = self.patterns[self.label(index)].repeat(scale, 1).repeat(scale, 2)
+        pattern = pattern[:, :size, :size]
         return (0.5 * pattern + rng.standard_normal(pattern.shape)).astype(np.float32)
 
 
