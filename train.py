@@ -230,7 +230,7 @@ class FolderImages:
             self.folder = datasets.ImageFolder(str(root))
         except FileNotFoundError as error:  # no class folder, or a class without images
             raise ValueError(f"{root}: {str(error).split('Supported')[0].strip()}") from None
-        self.seed, self.num_classes = args.seed, len(self.folder.classes)
+        self.seed = args.seed
         if args.no_augment:
             resize = transforms.Resize((img_size, img_size))
             normalize = create_transform(img_size).transforms[-2:]
@@ -266,6 +266,21 @@ class FolderImages:
             return self.transform(self.folder.loader(path)).numpy()
         except Exception as error:
             raise UnreadableImage(f"{path} cannot be read as an image: {error}") from None
+
+
+def data_sets(args):
+    """The training and the validation images; sets `args.num_classes` if it was not given."""
+    if not args.data:
+        args.num_classes, args.workers = args.num_classes or 10, 0  # no readers: drawing is quick
+        sizes = args.num_classes, args.img_size, args.seed
+        return SyntheticImages("train", 4096, *sizes), SyntheticImages("val", 1000, *sizes)
+    train, val = (FolderImages(split, args, args.img_size) for split in ("train", "val"))
+    odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
+    require(not odd, f"{args.data}: train and val must hold the same classes, not {odd}")
+    folders = len(train.folder.classes)
+    args.num_classes = classes = args.num_classes or folders
+    require(classes >= folders, f"--num-classes {classes} is below the {folders} folders")
+    return train, val
 
 
 class Samples(flow.utils.data.Dataset):
@@ -580,39 +595,26 @@ def build(args):
         device_type=args.device,
         shard_params=args.shard_params,
     )
-    if args.data:
-        train, val = (FolderImages(split, args, args.img_size) for split in ("train", "val"))
-        odd = sorted(set(train.folder.classes) ^ set(val.folder.classes))
-        require(not odd, f"{args.data}: train and val must hold the same classes, not {odd}")
-        folders = train.num_classes
-        classes = args.num_classes or folders
-        require(classes >= folders, f"--num-classes {classes} is below the {folders} folders")
-    else:
-        classes = args.num_classes or 10
-        train = SyntheticImages("train", 4096, classes, args.img_size, args.seed)
-        val = SyntheticImages("val", 1000, classes, args.img_size, args.seed)
-        args.workers = 0  # drawing is quick
+    train, val = data_sets(args)
     share, mixup = args.micro_batch_size * args.accumulation_steps, None
     args.batch_size = share * args.data_parallel
     per_epoch = len(train) // args.batch_size
-    require(
-        per_epoch, f"a batch of {args.batch_size} images is more than the {len(train)} there are"
-    )
+    too_large = f"a batch of {args.batch_size} images is more than the {len(train)} there are"
+    require(per_epoch, too_large)
     args.steps = args.steps or (args.epochs * per_epoch if args.epochs else 200)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
     warmup = args.warmup_steps
     require(warmup <= args.steps, f"--warmup-steps {warmup} is more than all {args.steps} steps")
     if args.mixup or args.cutmix or args.label_smoothing:
-        require(
-            share % 2 == 0, f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
-        )
+        odd = f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
+        require(share % 2 == 0, odd)
         mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             prob=float(args.mixup > 0 or args.cutmix > 0),
             label_smoothing=args.label_smoothing,
-            num_classes=classes,
+            num_classes=args.num_classes,
         )
     flow.manual_seed(args.seed)
     model = VisionTransformer(
@@ -620,7 +622,7 @@ def build(args):
         drop_rate=args.drop_rate,
         attn_drop_rate=args.attn_drop_rate,
         drop_path_rate=args.drop_path_rate,
-        num_classes=classes,
+        num_classes=args.num_classes,
         loss_func=SoftTargetCrossEntropy() if mixup else None,
         layer_norm_eps=args.layer_norm_eps,
     )
