@@ -531,6 +531,20 @@ def test_the_default_run_learns_to_tell_held_out_images(tmp_path):
     assert lines[0]["loss"] > 2 and lines[-1]["top1"] > 0.95 and lines[-1]["images"] == 1000
 
 
+def test_the_benchmark_counts_the_matrix_products_of_the_model():
+    flags = ["--data-parallel", 2, "--micro-batch-size", 4, "--eager", "--benchmark"]
+    run = train_py(*TINY, *flags)
+    assert run.returncode == 0, run.stderr
+    # in multiply-adds: 2 blocks of 12 weights of 32 x 32 and two of 17 x 17 x 32, patches, head
+    image = 2 * (17 * 12 * 32**2 + 2 * 17**2 * 32) + 16 * 48 * 32 + 32 * 10
+    for name, flops in (("step", 6), ("inference", 2)):
+        figures = re.search(rf"{name}: (\S+) ms, (\S+) images/s, (\S+) GFLOP/s", run.stdout)
+        ms, rate, speed = map(float, figures.groups())
+        assert rate == pytest.approx(8e3 / ms, rel=0.1)
+        assert speed == pytest.approx(flops * image * rate / 1e9, rel=0.02)
+    assert re.search(r"of a process: [1-9]\d+ to [1-9]\d+ MB\n", run.stdout)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Three classes that differ by colour: 96 images to train on, 31 to validate."""

@@ -735,7 +735,7 @@ def benchmark(args, trainer, train):
             speed = flops * products * args.batch_size / took
             print(
                 f"{name}: {1e3 * took:.0f} ms, {args.batch_size / took:.1f} images/s,"
-                f" {speed / 1e9:.0f} GFLOP/s, {speed / peak:.0%} of the peak"
+                f" {speed / 1e9:.3g} GFLOP/s, {speed / peak:.0%} of the peak"
             )
         print(f"peak resident size of a process: {memory.min():.0f} to {memory.max():.0f} MB")
 

@@ -179,9 +179,8 @@ class Dist:
         rows = {"tensor shard": [range(t)] * p}
         rows.update({f"ranks of replica {i}": ranks[:, i] for i in range(d)})
         width = max(6 * t, len(max(heads, key=len)) + 3)
-        lines = [
-            f"data {d} x tensor {t} x pipeline {p} = {d * t * p} processes, {self.device_type}"
-        ]
+        count = f"{self.world_size} process" + "es" * (self.world_size > 1)
+        lines = [f"data {d} x tensor {t} x pipeline {p} = {count}, {self.device_type}"]
         lines.append(" " * 20 + "".join(head.ljust(width) for head in heads))
         for label, stages in rows.items():
             cells = ["".join(f"{cell:<6}" for cell in stage).ljust(width) for stage in stages]
