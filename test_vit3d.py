@@ -478,9 +478,13 @@ def beside_flowvision(name=None):
 
 
 def flowvision_on_four(out):
-    from vit3d import dist
+    from vit3d import VisionTransformer, dist
 
     dist.setup(1, 2, 2, pipeline_num_layers=4)
+    with pytest.raises(
+        ValueError, match="depth 3 must be the pipeline_num_layers of dist.setup, 4"
+    ):
+        VisionTransformer(depth=3)
     np.savez(out / f"{dist.rank}.npz", **beside_flowvision())
 
 
@@ -529,6 +533,28 @@ def test_the_default_run_learns_to_tell_held_out_images(tmp_path):
     assert [line["step"] for line in lines[:-1]] == list(range(1, 201))
     assert lines[0].keys() == {"step", "loss", "lr", "images_per_s"}
     assert lines[0]["loss"] > 2 and lines[-1]["top1"] > 0.95 and lines[-1]["images"] == 1000
+    rates = [line["lr"] for line in lines[:-1]]
+    assert np.allclose(rates[:21], np.linspace(5e-5, 1e-3, 21))
+    assert rates[20] == max(rates) == pytest.approx(1e-3) and rates[-1] < 1e-5
+
+
+def test_a_model_that_gives_nan_is_right_about_nothing():
+    import train
+
+    args = train.parse_arguments([*TINY, "--num-classes", "8"])
+    model, images, val, _ = train.build(args)
+    model.head.bias.data.copy_(model.head.bias.data * np.nan)
+    seen = train.evaluate(model, val, args)
+    assert seen["top1"] == seen["top5"] == 0 and np.isnan(seen["val_loss"])
+
+
+def test_a_run_of_one_process_outlives_its_shell(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--eager", "--steps", "9", "--output-dir"]
+    subprocess.run(["bash", "-c", " ".join(map(str, [*command, tmp_path, "& sleep 1"]))], cwd=HERE)
+    deadline = time.time() + 60
+    while not (tmp_path / "step-00000009.npz").exists():
+        time.sleep(0.1)
+        assert time.time() < deadline
 
 
 def test_the_benchmark_counts_the_matrix_products_of_the_model():
@@ -612,6 +638,9 @@ BAD = {
     "--data FEW --rand-augment wild": "'wild' must be a policy such as rand-m9",
     "--data FEW": "a batch of 32 images is more than the 4 there are",
     "--init-from NOWHERE": "NOWHERE must be an .npz file",
+    "--init-from VOID": "VOID must be an .npz file",
+    "--eval-only --resume --output-dir OUT": "--eval-only needs a checkpoint, and .*OUT holds none",
+    "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below all 9 steps",
     "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size 3 is odd",
     "--depth 0": "--depth: '0' must be a whole number at least 1",
 }
@@ -632,6 +661,7 @@ def bad_folders(tmp_path_factory):
                 for i in range(2 * (name != "BARE")):
                     image.save(root / name / split / label / f"{i}.png")
     (root / "BROKEN/train/a/1.png").write_text("not an image")
+    (root / "VOID").touch()
     return root
 
 

@@ -50,6 +50,9 @@ def import_quietly():
             os.close(stderr)
 
 
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    # A launcher that dies, however it dies, takes its processes along: 1 is PR_SET_PDEATHSIG.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 import_quietly()
 
 import numpy as np
@@ -191,7 +194,7 @@ def parse_arguments(argv=None):
 
 
 class SyntheticImages:
-    """Class-dependent patterns under noise; sample i is a function of the seed and i alone."""
+    """Class-dependent patterns under noise; an image is a function of seed, split and index."""
 
     def __init__(self, split, length, num_classes, img_size, seed):
         self.length, self.num_classes, self.img_size = length, num_classes, img_size
@@ -375,10 +378,11 @@ def build_optimizer(model, args):
         ],
         lr=args.lr,
     )
-    scheduler = flow.optim.lr_scheduler.CosineDecayLR(optimizer, decay_steps=args.steps)
-    if args.warmup_steps:
+    warmup = args.warmup_steps
+    scheduler = flow.optim.lr_scheduler.CosineDecayLR(optimizer, args.steps - warmup)
+    if warmup:
         scheduler = flow.optim.lr_scheduler.WarmUpLR(
-            scheduler, warmup_factor=1 / args.warmup_steps, warmup_iters=args.warmup_steps
+            scheduler, warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True
         )
     return optimizer, scheduler
 
@@ -485,7 +489,7 @@ def evaluate(model, images, args):
                 logits, label = logits[: max(real, 0)].astype(np.float64), label[: max(real, 0)]
                 logits -= logits.max(-1, keepdims=True, initial=-np.inf)
                 true = np.take_along_axis(logits, label[:, None], 1)
-                better = (logits > true).sum(1)
+                better = (~(logits <= true)).sum(1)  # NaN is better than none
                 losses = np.log(np.exp(logits).sum(1)) - true[:, 0]
                 sums += losses.sum(), (better < 1).sum(), (better < 5).sum(), len(label)
     model.train()
@@ -546,9 +550,9 @@ def load_file(model, path):
     """Start from the weights of a checkpoint or of another .npz file, timm's names included."""
     try:
         arrays = np.load(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        timm = "blocks.0.attn.qkv.weight" in arrays.files
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"--init-from {path} must be an .npz file: {error}") from None
-    timm = "blocks.0.attn.qkv.weight" in arrays
     (load_timm_state_dict if timm else load_state_dict)(model, arrays)
 
 
@@ -561,6 +565,8 @@ def restore(trainer, args):
         raise ValueError(f"--output-dir {args.output_dir} cannot be made: {error}") from None
     path = newest(args) if args.output_dir else None
     require(args.resume or not path, f"{path} is there already: --resume goes on from it")
+    none = f"--eval-only needs a checkpoint, and {args.output_dir} holds none"
+    require(path or args.init_from or not args.eval_only, none)
     if args.resume and dist.rank == 0:
         print(f"resuming from {path}" if path else f"no checkpoint in {args.output_dir}: anew")
     if not path:
@@ -580,7 +586,7 @@ def restore(trainer, args):
 
 
 def build(args):
-    """Set the mesh up; return the model and the two data sets. ValueError: a user's mistake."""
+    """Set the mesh up -> model, two data sets, mixup or None. ValueError: a user's mistake."""
     sizes = dict(MODELS[args.model] if args.model else DEMO)
     for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(args, name) is not None:
@@ -605,9 +611,9 @@ def build(args):
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
     warmup = args.warmup_steps
-    require(warmup <= args.steps, f"--warmup-steps {warmup} is more than all {args.steps} steps")
+    require(warmup < args.steps, f"--warmup-steps {warmup} must be below all {args.steps} steps")
     if args.mixup or args.cutmix or args.label_smoothing:
-        odd = f"mixup takes pairs: --micro-batch-size {args.micro_batch_size} is odd"
+        odd = f"mixup and smoothing take pairs: --micro-batch-size {args.micro_batch_size} is odd"
         require(share % 2 == 0, odd)
         mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -671,8 +677,10 @@ def fit(args, trainer, first_step, train, val, mixup):
             text = [
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()
             ]
-            left = (args.steps - step) / max(step - first_step, 1) * (time.perf_counter() - start)
-            bar.write("  ".join(text) + f"  {left:.0f} s left", file=sys.stdout)
+            if step > first_step:
+                left = (time.perf_counter() - start) / (step - first_step) * (args.steps - step)
+                text.append(f"{left:.0f} s left")
+            bar.write("  ".join(text), file=sys.stdout)
 
     if args.eval_only:
         return report(True, step=step, **evaluate(trainer.model, val, args))
@@ -698,7 +706,7 @@ def fit(args, trainer, first_step, train, val, mixup):
     bar.close()
 
 
-def benchmark(args, trainer, train):
+def benchmark(args, trainer, train, val, mixup):
     """Print the median times of a training step and of inference, FLOP/s and the peak memory.
 
     The model's FLOPs are those of its matrix products, 2 a multiply-add, times 3 for training. The
@@ -713,10 +721,10 @@ def benchmark(args, trainer, train):
             times.append(time.perf_counter() - start)
         return float(of(times[2:]))
 
-    square, model = flow.rand(1024, 1024), trainer.model
+    square, model = flow.rand(1024, 1024, device=dist.device_type), trainer.model
     peak = dist.world_size * 2 * 1024**3 / seconds(lambda: flow.matmul(square, square).numpy(), min)
     batches = training_batches(len(train), args.batch_size, args.seed, 0, 1)
-    images, labels = next(iter(load(train, batches, args)))
+    images, labels = next(iter(load(train, batches, args, mixup)))
     start = time.perf_counter()
     trainer.step(images, labels)
     first = time.perf_counter() - start
@@ -781,8 +789,6 @@ def main():
     args = parse_arguments()
     if args.world_size > 1 and dist.world_size == 1:
         sys.exit(launch(args))
-    # A launcher that dies, however it dies, takes its processes along: 1 is PR_SET_PDEATHSIG.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
         model, *data = build(args)
@@ -792,10 +798,12 @@ def main():
         first_step = restore(trainer, args)
     except ValueError as error:  # all processes find the same mistake, one tells of it
         fail(error, tell=dist.rank == 0)
+    except (OSError, zipfile.BadZipFile) as error:  # a file that not every machine sees, or damaged
+        fail(error)
     try:
         describe(args, model)
         if args.benchmark:
-            return benchmark(args, trainer, data[0])
+            return benchmark(args, trainer, *data)
         fit(args, trainer, first_step, *data)
     except UnreadableImage as error:  # comes out of a reader with the reader's traceback before it
         tell = dist.rank % dist.tensor_parallel_size == 0  # all shards of a replica read the file

@@ -70,7 +70,7 @@ try:
 except (ImportError, OSError, AttributeError) as error:
     raise ImportError(
         f"OneFlow 0.9.0 does not load on Python {sys.version_info[0]}.{sys.version_info[1]}"
-        f" ({error}): it needs Linux on x86-64, Python 3.7 to 3.10, and"
+        f" ({error}): it needs Linux on x86-64, Python 3.8 to 3.10, and"
         " `pip install oneflow==0.9.0 flowvision==0.2.1 'numpy<2'"
         " nvidia-cublas-cu11==11.10.3.66 nvidia-cudnn-cu11==8.5.0.96`."
     ) from None
@@ -298,13 +298,13 @@ class Linear(nn.Module):
     def forward(self, x):
         last = S(x.ndim - 1)
         if self.parallel == "row":
-            # (..., in) [S(0), S(last)] x [B, S(0)] -> [S(0), P] -> [S(0), B]: the all-reduce
+            # (..., in) [S(0), S(last)] x W^T [B, S(0)] -> [S(0), P] -> [S(0), B]: the all-reduce
             x = x.to_global(sbp=dist.get_nd_sbp([S(0), last]))
             x = flow.matmul(x, gather(self.weight), transpose_b=True)
             x = x.to_global(sbp=dist.get_nd_sbp([S(0), B]))
         else:
-            # data: (..., in) [S(0), B] x [B, B] -> [S(0), B]
-            # col:  (..., in) [S(0), B] x [B, S(1)] -> [S(0), S(last)]
+            # data: (..., in) [S(0), B] x W^T [B, B] -> [S(0), B]
+            # col:  (..., in) [S(0), B] x W^T [B, S(1)] -> [S(0), S(last)]
             # The gradient of x is [S(0), P] for "col"; grad_sbp asks for its sum: an all-reduce.
             sbp = dist.get_nd_sbp([S(0), B])
             x = x.to_global(sbp=sbp, grad_sbp=sbp)
@@ -513,7 +513,11 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
 
 
 class VisionTransformer(nn.Module):
-    """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai."""
+    """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
+
+    `loss_func` is a module, (logits, labels) -> scalar; None is the cross entropy. Raises
+    ValueError if `depth` is not the number of layers that the pipeline was set up for.
+    """
 
     def __init__(
         self,
@@ -532,6 +536,9 @@ class VisionTransformer(nn.Module):
         layer_norm_eps=1e-5,
     ):
         super().__init__()
+        ids = dist.layer_stage_ids or []
+        misfit = f"depth {depth} must be the pipeline_num_layers of dist.setup, {len(ids)}"
+        require(dist.pipeline_parallel_size == 1 or depth == len(ids), misfit)
         self.num_classes = num_classes
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_chans, embed_dim)
         cls_token = trunc_normal_(flow.empty(1, 1, embed_dim), std=0.02)
