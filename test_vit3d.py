@@ -66,8 +66,10 @@ VARIANTS = {
     "eager-shard": ["--shard-params", "--eager"],
     "shard-checkpoint": ["--shard-params", "--activation-checkpoint"],
 }
-SOME = {(2, 1, 1): ["shard", "eager-shard", "shard-checkpoint"]}
-SOME[(2, 2, 2)] = ["eager-accumulation", "accumulation-checkpoint", "shard"]
+SOME = {
+    (2, 1, 1): ["shard", "eager-shard", "shard-checkpoint"],
+    (2, 2, 2): ["eager-accumulation", "accumulation-checkpoint", "shard"],
+}
 CASES = [
     (mesh, variant)
     for n in (2, 4, 8)
@@ -549,10 +551,22 @@ def test_a_model_that_gives_nan_is_right_about_nothing():
 
 
 def test_a_run_of_one_process_outlives_its_shell(tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--eager", "--steps", "9", "--output-dir"]
-    subprocess.run(["bash", "-c", " ".join(map(str, [*command, tmp_path, "& sleep 1"]))], cwd=HERE)
+    command = [
+        sys.executable,
+        "train.py",
+        *TINY,
+        "--eager",
+        "--steps",
+        300,
+        "--output-dir",
+        tmp_path,
+    ]
+    shell = (
+        f"{' '.join(map(str, command))} & until [ -s {tmp_path}/metrics.jsonl ]; do sleep 0.1; done"
+    )
+    subprocess.run(["bash", "-c", shell], cwd=HERE, timeout=60)  # it ends while the run trains
     deadline = time.time() + 60
-    while not (tmp_path / "step-00000009.npz").exists():
+    while not (tmp_path / "step-00000300.npz").exists():
         time.sleep(0.1)
         assert time.time() < deadline
 

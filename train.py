@@ -637,8 +637,8 @@ def build(args):
 
 def of_all_ranks(number):
     """A number of each process -> all of them as numpy, by rank."""
-    everyone = flow.placement(dist.device_type, list(range(dist.world_size)))
-    return whole(flow.tensor([number]).to_global(placement=everyone, sbp=S(0)))
+    numbers = flow.tensor([number]).to_global(placement=dist.get_world_placement(), sbp=S(0))
+    return whole(numbers)
 
 
 def describe(args, model):

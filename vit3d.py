@@ -89,8 +89,8 @@ def require(condition, message):
 class Dist:
     """The mesh of processes: which of them hold a layer, and how they share its tensors.
 
-    Ranks are numbered stage by stage, and within a stage data-parallel by tensor-parallel, as an
-    array of shape (pipeline_parallel_size, data_parallel_size, tensor_parallel_size).
+    Ranks are numbered stage by stage, and within a stage data-parallel by tensor-parallel: `ranks`
+    has the shape (pipeline_parallel_size, data_parallel_size, tensor_parallel_size).
     Source: LiBai's `libai.utils.distributed`.
     """
 
@@ -141,6 +141,7 @@ class Dist:
                 f"stage ids {stage_ids} must rise from 0 to {p - 1} and leave out none",
             )
         self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size = sizes
+        self.ranks = np.arange(self.world_size).reshape(p, d, t)
         self.device_type = device_type or devices[-1]
         self.layer_stage_ids, self.shard_params = stage_ids, shard_params
 
@@ -154,10 +155,13 @@ class Dist:
 
     def get_layer_placement(self, layer_idx, device_type=None):
         """The `flow.placement` of a layer: all ranks of its stage, as a mesh of one or two axes."""
-        d, t, p = self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size
-        ranks = np.arange(d * t * p).reshape(p, d, t)[self.get_layer_stage_id(layer_idx)]
-        ranks = ranks if d > 1 and t > 1 else ranks.flatten()
+        ranks = self.ranks[self.get_layer_stage_id(layer_idx)]
+        ranks = ranks if min(ranks.shape) > 1 else ranks.flatten()
         return flow.placement(device_type or self.device_type, ranks.tolist())
+
+    def get_world_placement(self):
+        """The `flow.placement` of all ranks, as one axis."""
+        return flow.placement(self.device_type, self.ranks.flatten().tolist())
 
     def get_nd_sbp(self, sbp_list):
         """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
@@ -170,14 +174,13 @@ class Dist:
 
     def __str__(self):
         """Draw the mesh: a column for each stage, in it one for each tensor shard."""
-        d, t, p = self.data_parallel_size, self.tensor_parallel_size, self.pipeline_parallel_size
-        ranks = np.arange(d * t * p).reshape(p, d, t)
+        p, d, t = self.ranks.shape
         heads = [f"stage {stage}" for stage in range(p)]
         for stage in set(self.layer_stage_ids or []):
             blocks = [i for i, s in enumerate(self.layer_stage_ids) if s == stage]
             heads[stage] += f": blocks {blocks[0]}-{blocks[-1]}"
         rows = {"tensor shard": [range(t)] * p}
-        rows.update({f"ranks of replica {i}": ranks[:, i] for i in range(d)})
+        rows.update({f"ranks of replica {i}": self.ranks[:, i] for i in range(d)})
         width = max(6 * t, len(max(heads, key=len)) + 3)
         count = f"{self.world_size} process" + "es" * (self.world_size > 1)
         lines = [f"data {d} x tensor {t} x pipeline {p} = {count}, {self.device_type}"]
@@ -198,8 +201,8 @@ def distribute(tensor, placement, sbp):
 
 def whole(tensor):
     """A global tensor -> all of it as a numpy array, on every rank."""
-    everyone = flow.placement(dist.device_type, list(range(dist.world_size)))
-    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp)).to_global(placement=everyone, sbp=B)
+    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))
+    tensor = tensor.to_global(placement=dist.get_world_placement(), sbp=B)
     return tensor.to_local().numpy().copy()  # what `numpy` gives can be the tensor's own memory
 
 
@@ -652,6 +655,12 @@ TIMM_NAMES = {
 }
 
 
+def _swap_rows(array, outer, inner):
+    """(outer x inner x n, ...) -> (inner x outer x n, ...): q, k, v of heads, heads of q, k, v."""
+    array = array.reshape(outer, inner, -1, *array.shape[1:]).swapaxes(0, 1)
+    return array.reshape(-1, *array.shape[3:])
+
+
 def load_timm_state_dict(model, state_dict, keep_head=False):
     """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
 
@@ -663,9 +672,8 @@ def load_timm_state_dict(model, state_dict, keep_head=False):
     heads, arrays = model.blocks[0].self_attention.num_heads, {}
     for name, value in state_dict.items():
         array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
-        if ".qkv." in name:  # (3, heads, head_size, ...) -> (heads, 3, head_size, ...)
-            array = array.reshape(3, heads, -1, *array.shape[1:]).swapaxes(0, 1)
-            array = array.reshape(-1, *array.shape[3:])
+        if ".qkv." in name:
+            array = _swap_rows(array, 3, heads)
         if name == "pos_embed" and array.shape != tuple(model.pos_embed.shape):
             old, new = (math.isqrt(shape[1] - 1) for shape in (array.shape, model.pos_embed.shape))
             grid = array[0, 1:].reshape(old, old, -1).astype(np.float32)
@@ -686,8 +694,7 @@ def to_timm_state_dict(model):
         array = whole(parameter)
         for ours, theirs in TIMM_NAMES.items():
             name = name.replace(ours, theirs)
-        if ".qkv." in name:  # (heads, 3, head_size, ...) -> (3, heads, head_size, ...)
-            array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1)
-            array = array.reshape(-1, *array.shape[3:])
+        if ".qkv." in name:
+            array = _swap_rows(array, heads, 3)
         arrays[name] = array
     return arrays
