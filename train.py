@@ -141,7 +141,7 @@ def parse_arguments(argv=None):
         (args.node_rank >= args.nnodes, f"--node-rank {args.node_rank} must be below --nnodes"),
         (args.nnodes > 1 and not address, "--nnodes needs --master-addr and --master-port"),
         (args.steps and args.epochs, "--steps and --epochs: give one of them"),
-        (pairs and args.micro_batch_size % 2, "mixup takes pairs: --micro-batch-size must be even"),
+        (pairs and args.micro_batch_size % 2, "soft labels take an even --micro-batch-size"),
         (args.eager and args.amp, "--amp needs the graph: leave out --eager"),
         (args.eager and args.activation_checkpoint, "--activation-checkpoint needs the graph"),
         (args.resume and not args.output_dir, "--resume needs --output-dir"),
@@ -157,13 +157,14 @@ def parse_arguments(argv=None):
 # 2. Processes -----------------------------------------------------------------------------------
 
 
-def launch(args):
-    """Start this machine's ranks, rank 0 first; end all when one ends badly. Return the exit code.
+def launch(args, command):
+    """Run a command as this machine's ranks, rank 0 first; end all when one ends badly.
 
-    A rank that finds a mistake writes `CODE SENTENCE` to a pipe. The first one is printed.
+    A rank that finds a mistake writes `CODE SENTENCE` to a pipe; the first one is printed. Returns
+    the exit code.
     """
     per_node = args.data_parallel * args.tensor_parallel * args.pipeline_parallel // args.nnodes
-    address, port = args.master_addr or "127.0.0.1", args.master_port
+    address, port = socket.gethostbyname(args.master_addr or "127.0.0.1"), args.master_port
     if port is None:
         with socket.socket() as free:
             free.bind(("", 0))
@@ -188,7 +189,7 @@ def launch(args):
                     break
                 time.sleep(0.05)
             process = subprocess.Popen(
-                [sys.executable, *sys.argv],
+                command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
                 pass_fds=[tell],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone
@@ -197,11 +198,11 @@ def launch(args):
             )
             ranks.append(process)
         while None in codes or not codes:
+            codes = [process.poll() for process in ranks]
             if select.select([told], [], [], 0.1)[0]:
                 code, sentence = os.read(told, 65536).decode().splitlines()[0].split(" ", 1)
                 print(sentence, file=sys.stderr)
                 return int(code)
-            codes = [process.poll() for process in ranks]
             if any(codes):
                 code = next(filter(None, codes))
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -364,7 +365,8 @@ def load(images, keys, args, mixup=None):
             images, labels = (np.concatenate([t.numpy() for t in part]) for part in zip(*pairs))
         return images, labels, [each for each in wrong if each]
 
-    workers = args.workers if args.data else 0  # drawing synthetic images is quick
+    # Files are read apart, since flowvision's transforms seed the generator that masks draw from.
+    workers = args.workers if args.data else 0
     loader = flow.utils.data.DataLoader(
         images, batch_sampler=keys, num_workers=workers, collate_fn=collate
     )
@@ -437,7 +439,7 @@ class TrainGraph(nn.Graph):
     """Forward, backward and update of one step, compiled into one static graph.
 
     With gradient accumulation the engine cuts its inputs into micro-batches; with stage ids it
-    runs these through the pipeline as 1F1B does.
+    overlaps these in the pipeline, as in 1F1B.
     """
 
     def __init__(self, model, optimizer, scheduler, args):
@@ -718,7 +720,8 @@ def run(args):
         print(f"{dist}\n{sum(p.numel() for p in model.parameters()):,} parameters, of which rank 0"
               f" holds {held:,}\n{batch_size} images a step, {steps} steps", flush=True)
     if args.eval_only:
-        return report(bar, metrics, tells, step=first_step, **evaluate(model, val, args))
+        report(bar, metrics, tells, step=first_step, **evaluate(model, val, args))
+        steps = first_step
     flow.manual_seed(args.seed + first_step)  # of the masks: a graph draws their seeds when built
     keys = training_keys(len(train), batch_size, args, first_step, steps)
     seconds, overflows, start = [], 0, time.perf_counter()
@@ -739,11 +742,13 @@ def run(args):
             save(trainer, step, about, args)
         start = time.perf_counter()
     bar.close()
-    if tells and seconds:
-        median = np.median(seconds)
+    if tells:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(f"step: median {1e3 * median:.1f} ms, {batch_size / median:.1f} images/s;"
-              f" peak memory of rank 0: {memory:.2f} GB")
+        text = f"peak memory of rank 0: {memory:.2f} GB"
+        if seconds:
+            median = np.median(seconds[1:] or seconds)  # the first step compiles the graph
+            text = f"step: median {1e3 * median:.1f} ms, {batch_size / median:.1f} images/s; {text}"
+        print(text)
 
 
 # 8. The end -------------------------------------------------------------------------------------
@@ -757,7 +762,7 @@ def fail(message, code=2):
         os.write(int(os.environ["VIT3D_LAUNCHER"]), f"{code} {sentence}\n".encode())
         time.sleep(60)  # until the launcher ends it: the others abort on a closed connection
     # Under another launcher: most mistakes are found by all ranks, and the first one tells.
-    time.sleep(2 * int(os.environ.get("LOCAL_RANK", 0)))
+    time.sleep(3 * int(os.environ.get("LOCAL_RANK", 0)))
     print(sentence, file=sys.stderr, flush=True)
     os._exit(code)  # at once: a clean exit would wait for the other ranks
 
@@ -765,10 +770,10 @@ def fail(message, code=2):
 def main():
     args = parse_arguments()
     mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
-    if math.prod(mesh) > 1 and dist.world_size == 1:
-        sys.exit(launch(args))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
+        if math.prod(mesh) > 1 and dist.world_size == 1:
+            sys.exit(launch(args, [sys.executable, *sys.argv]))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
         run(args)
     except ValueError as error:  # a user's mistake
         fail(error)

@@ -10,7 +10,8 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
 placement: the engine finds the communication (all-reduce, all-gather, send) for it, also backward.
-`to_global` on a local tensor moves nothing: it declares which part of a global tensor this is.
+`to_global` on a local tensor declares: this is my part of a global tensor. (Along an axis that is
+B the engine sends the first process's tensor to the others.)
 
 A signature such as [S(0), B] gives the entry of the data-parallel axis, then that of the
 tensor-parallel axis. The pipeline is not an axis: its stages are placements on other processes.
@@ -71,7 +72,7 @@ def why_not_cuda(capabilities, processes):
     if len(capabilities) < processes:
         return f"GPUs: {len(capabilities)}, processes: {processes}"
     other = [c for c in capabilities[:processes] if not (6, 0) <= c <= (8, 9)]
-    return f"compute capability {other[0]} is not in 6.0 to 8.9" if other else ""
+    return "compute capability {}.{} is not in 6.0 to 8.9".format(*other[0]) if other else ""
 
 
 class Dist:
@@ -261,10 +262,11 @@ class Layer(nn.Module):
         return nn.Parameter(distribute(tensor, placement, sbp))
 
     def gather(self, parameter):
-        """A parameter as `forward` uses it, [B, tensor_sbp]; its gradient is reduce-scattered.
+        """A parameter as `forward` uses it, [B, tensor_sbp].
 
-        Source: ZeRO, stage 3 (Rajbhandari et al., 2020, arXiv:1910.02054): the replicas share the
-        weights, their gradients and the optimizer's state; together they hold them once.
+        With `shard_params` that is an all-gather, and the gradient is reduce-scattered. Source:
+        ZeRO, stage 3 (Rajbhandari et al., 2020, arXiv:1910.02054): together the replicas hold the
+        weights, their gradients and the optimizer's state once.
         """
         if not self.dist.shard_params:
             return parameter
@@ -570,6 +572,7 @@ class VisionTransformer(Layer):
         self.cls_token = self.new_parameter(nn.init.normal_(flow.empty(1, 1, embed_dim), std=0.02))
         self.pos_embed = self.new_parameter(nn.init.normal_(flow.empty(1, n, embed_dim), std=0.02))
         self.pos_drop = Dropout(drop_rate)
+        self.pos_drop.layer_idx = 0
         blocks = []
         for i in range(depth):
             drop_path_prob = drop_path_rate * i / max(depth - 1, 1)  # rises from 0 with depth
@@ -621,17 +624,18 @@ class VisionTransformer(Layer):
 
         `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`, a
         parameter that of its placement. The placements alone make a pipeline; with the stage ids
-        the engine also buffers between stages and runs forward and backward of different
-        micro-batches at once, as 1F1B does.
+        the engine also puts buffers between stages, so that forward and backward of different
+        micro-batches run at once, as in 1F1B.
         """
+        mesh = getattr(model.to(nn.Module), "dist", dist)  # the one that the model was built on
         for module in model.modules():
             layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
             if layer_idx is not None and module is not model:
-                stage = dist.get_layer_stage_id(layer_idx), dist.get_layer_placement(layer_idx)
+                stage = mesh.get_layer_stage_id(layer_idx), mesh.get_layer_placement(layer_idx)
                 module.to(nn.graph.GraphModule).set_stage(*stage)
         for parameter in model.parameters():
             placement = parameter.to(flow.Tensor).placement
-            stage_id = dist.get_coordinates(placement.ranks.flat[0])[0]
+            stage_id = mesh.get_coordinates(placement.ranks.flat[0])[0]
             parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
 
 
