@@ -680,14 +680,34 @@ def open_metrics(args):
     return metrics
 
 
+def describe(model, batch_size, steps):
+    """Print the mesh, the model's size and what a step is."""
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if dist.rank == 0:
+        print(f"{dist}\n{count:,} parameters, of which rank 0 holds {held:,}")
+        print(f"{batch_size} images a step, {steps} steps", flush=True)
+
+
 def report(bar, metrics, show, **record):
-    """A line of metrics.jsonl and, if `show`, one of text."""
+    """A line of metrics.jsonl and, if `show`, one of text, both by rank 0."""
     if metrics:
         print(json.dumps(record), file=metrics)
-    if show:
+    if show and dist.rank == 0:
         text = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
         bar.write("  ".join(text), file=sys.stdout)
         sys.stdout.flush()
+
+
+def last_report(seconds, batch_size):
+    """Print the median time of a step and the peak memory of this process, rank 0."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    text = f"peak memory of rank 0: {memory:.2f} GB"
+    if seconds:
+        median = np.median(seconds[1:] or seconds)  # the first step compiles the graph
+        text = f"step: median {1e3 * median:.1f} ms, {batch_size / median:.1f} images/s; {text}"
+    if dist.rank == 0:
+        print(text)
 
 
 def run(args):
@@ -713,15 +733,11 @@ def run(args):
     first_step = start_from(trainer, about, args)
     require_agreement(about, first_step, {**vars(args), "node_rank": None, "data": None})
 
-    tells = dist.rank == 0
-    bar = tqdm(total=steps, initial=first_step, disable=not (tells and sys.stderr.isatty()))
-    if tells:
-        held = sum(parameter.to_local().numel() for parameter in model.parameters())
-        print(f"{dist}\n{sum(p.numel() for p in model.parameters()):,} parameters, of which rank 0"
-              f" holds {held:,}\n{batch_size} images a step, {steps} steps", flush=True)
+    describe(model, batch_size, steps)
+    bar = tqdm(total=steps, initial=first_step, disable=dist.rank > 0 or not sys.stderr.isatty())
     if args.eval_only:
-        report(bar, metrics, tells, step=first_step, **evaluate(model, val, args))
-        steps = first_step
+        report(bar, metrics, True, step=first_step, **evaluate(model, val, args))
+        return last_report([], batch_size)
     flow.manual_seed(args.seed + first_step)  # of the masks: a graph draws their seeds when built
     keys = training_keys(len(train), batch_size, args, first_step, steps)
     seconds, overflows, start = [], 0, time.perf_counter()
@@ -733,22 +749,16 @@ def run(args):
         seconds.append(time.perf_counter() - start)
         seen["images_per_s"] = round(batch_size / seconds[-1], 1)
         line = bar.disable and step % max(steps // 20, 1) == 0
-        report(bar, metrics, tells and line, step=step, loss=loss, **seen)
+        report(bar, metrics, line, step=step, loss=loss, **seen)
         bar.set_postfix(loss=f"{loss:.4f}", **seen)
         bar.update()
         if step == steps or (args.eval_every and step % args.eval_every == 0):
-            report(bar, metrics, tells, step=step, **evaluate(model, val, args))
+            report(bar, metrics, True, step=step, **evaluate(model, val, args))
         if args.output_dir and (step == steps or args.save_every and step % args.save_every == 0):
             save(trainer, step, about, args)
         start = time.perf_counter()
     bar.close()
-    if tells:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        text = f"peak memory of rank 0: {memory:.2f} GB"
-        if seconds:
-            median = np.median(seconds[1:] or seconds)  # the first step compiles the graph
-            text = f"step: median {1e3 * median:.1f} ms, {batch_size / median:.1f} images/s; {text}"
-        print(text)
+    last_report(seconds, batch_size)
 
 
 # 8. The end -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ called "LiBai" below, whose names are kept; "Megatron-LM" (Shoeybi et al., 2019,
 for the column- and row-parallel pair.
 """
 
+import contextlib
 import copy
 import ctypes
 import importlib.util
@@ -34,13 +35,21 @@ import numpy as np
 # With its search for detours between two sbp, the engine aborts on micro-batches of one image.
 os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
 try:
+    # The wheel's OpenBLAS does not know recent processors and takes kernels without AVX for them.
+    if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # after numpy, whose own knows more
+    with contextlib.suppress(OSError):  # the package mkl, if it is there, takes OpenBLAS's place
+        ctypes.CDLL(f"{sys.prefix}/lib/libmkl_rt.so.2", mode=ctypes.RTLD_GLOBAL)
     try:
         import oneflow as flow
     except ImportError:  # nvidia's packages are not in the folder where the wheel looks for them
-        for library in "cublasLt cublas cudnn_ops_infer cudnn_ops_train cudnn_cnn_infer".split():
-            package, version = ("cublas", 11) if "cublas" in library else ("cudnn", 8)
+        for name in (
+            "Lt.so.11", ".so.11",
+            "_ops_infer.so.8", "_ops_train.so.8", "_cnn_infer.so.8", "_cnn_train.so.8",
+        ):
+            package = "cublas" if name.endswith("11") else "cudnn"
             folder = importlib.util.find_spec(f"nvidia.{package}.lib").submodule_search_locations[0]
-            ctypes.CDLL(f"{folder}/lib{library}.so.{version}", mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(f"{folder}/lib{package}{name}", mode=ctypes.RTLD_GLOBAL)
         import oneflow as flow
     from oneflow import nn
 except (ImportError, OSError, AttributeError) as error:
