@@ -6,7 +6,8 @@ python train.py --data-parallel 2 --tensor-parallel 2 --pipeline-parallel 2   # 
 python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir runs/s16
 python train.py --help
 
-The order of this file is that of a run. `run`, near its end, is the whole of it: start there.
+`run`, near the end, is a whole run: start there. What it calls stands above it, in the order in
+which a run needs it; how a run ends stands below.
 """
 
 import argparse
@@ -346,7 +347,7 @@ def training_keys(length, batch_size, args, first_step, last_step):
         yield [(epoch, int(index)) for index in mine]
 
 
-def load(images, keys, args, mixup=None):
+def load(data_set, keys, args, mixup=None):
     """Yield numpy batches, images (b, 3, h, w) and labels (b,), for lists of keys.
 
     With mixup, labels are (b, num_classes). It mixes pairs of neighbours, each with its own draw,
@@ -355,12 +356,12 @@ def load(images, keys, args, mixup=None):
     """
 
     def collate(samples):
-        keys, images, labels, wrong = zip(*samples)
+        own_keys, images, labels, wrong = zip(*samples)
         images, labels = np.stack(images), np.array(labels)
         if mixup is not None:
             pairs = []
-            for i in range(0, len(keys), 2):
-                np.random.seed(seed_of(args.seed, *keys[i], 1))
+            for i in range(0, len(own_keys), 2):
+                np.random.seed(seed_of(args.seed, *own_keys[i], 1))
                 pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
             images, labels = (np.concatenate([t.numpy() for t in part]) for part in zip(*pairs))
         return images, labels, [each for each in wrong if each]
@@ -368,10 +369,10 @@ def load(images, keys, args, mixup=None):
     # Files are read apart, since flowvision's transforms seed the generator that masks draw from.
     workers = args.workers if args.data else 0
     loader = flow.utils.data.DataLoader(
-        images, batch_sampler=keys, num_workers=workers, collate_fn=collate
+        data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate
     )
     for images, labels, wrong in loader:
-        require(not wrong, "; ".join(wrong[:1]))
+        require(not wrong, wrong[0] if wrong else "")
         yield images, labels
 
 
@@ -381,8 +382,8 @@ def load(images, keys, args, mixup=None):
 class AdamW(flow.optim.AdamW):
     """The engine's AdamW on two parameter groups, with and without weight decay.
 
-    Its methods hold every private name of the engine that this script needs. A graph keeps its own
-    count of steps and, under AMP, the scale of the loss: of both it passes over overflows.
+    Its methods hold every private name of the engine that this script needs. A graph counts its own
+    steps and, under AMP, scales the loss: a step whose gradients overflow is not counted.
     """
 
     def _generate_conf_for_graph(self, train_conf, vars_conf):
@@ -410,7 +411,7 @@ class AdamW(flow.optim.AdamW):
         return tensors
 
     def load(self, model, graph, arrays, step):
-        """The inverse, from whole arrays, after this many steps; before a graph's first step."""
+        """The inverse, before a graph's first step; return how many steps were counted."""
         load_weights(model, arrays)
         on_first = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
         engine = {"engine/System-Train-TrainStep": np.array([step])}
@@ -426,6 +427,7 @@ class AdamW(flow.optim.AdamW):
         self._state["step"] = step
         if graph:
             graph.load_state_dict(state)
+        return int(engine["engine/System-Train-TrainStep"][0])
 
     def amp(self, graph):
         """{"amp_step", "amp_scale"}: a graph's step and the scale of its loss."""
@@ -501,7 +503,7 @@ class Trainer:
         return float(whole(losses).mean()), seen
 
     def schedule(self, step):
-        """Set the rate of a step. A graph sets its own, for which this one is a report."""
+        """Set the learning rate for a step. A graph computes its own: there it is only reported."""
         while self.scheduler.last_step < step:
             self.scheduler.step()
 
@@ -519,8 +521,7 @@ class Trainer:
 
     def load(self, arrays, step):
         """Go on from the arrays of a checkpoint after this many steps."""
-        self.optimizer.load(self.model, self.graph, arrays, step)
-        self.schedule(int(arrays.get("engine/System-Train-TrainStep", [step])[0]))
+        self.schedule(self.optimizer.load(self.model, self.graph, arrays, step))
 
 
 # 5. Evaluation ----------------------------------------------------------------------------------
@@ -606,6 +607,7 @@ def start_from(trainer, about, args):
         timm = "blocks.0.attn.qkv.weight" in arrays
         (load_timm_state_dict if timm else load_weights)(trainer.model, arrays)
     checkpoints = sorted(args.output_dir.glob("step-*.npz")) if args.output_dir else []
+    require_agreement([path.name for path in checkpoints])
     if not args.resume:
         there = f"{args.output_dir} holds checkpoints already: --resume goes on from the newest"
         require(args.eval_only or not checkpoints, there)
@@ -717,7 +719,8 @@ def run(args):
         sizes[name] = getattr(args, name) or sizes[name]
     dist.setup(
         args.data_parallel, args.tensor_parallel, args.pipeline_parallel, sizes["depth"],
-        None, args.device, args.shard_params, args.sequence_parallel,
+        device_type=args.device, shard_params=args.shard_params,
+        sequence_parallel=args.sequence_parallel,
     )
     require(not args.amp or dist.device_type == "cuda", f"--amp needs CUDA: {dist.no_cuda}")
     train, val = data_sets(args, sizes["img_size"])
@@ -725,13 +728,13 @@ def run(args):
     per_epoch = len(train) // batch_size
     require(per_epoch, f"a batch of {batch_size} images is more than the {len(train)} there are")
     steps = args.steps or (args.epochs * per_epoch if args.epochs else 200)
+    require_agreement({**vars(args), "node_rank": 0, "data": 0}, train.listing, val.listing)
     model, mixup = build_model(args, sizes, train.num_classes)
     trainer = Trainer(model, args, steps)
     metrics = open_metrics(args) if args.output_dir and dist.rank == 0 else None
     about = dict(batch_size=batch_size, steps=steps, train=train.listing, val=val.listing)
     about.update({flag: getattr(args, flag) for flag in COURSE})
     first_step = start_from(trainer, about, args)
-    require_agreement(about, first_step, {**vars(args), "node_rank": None, "data": None})
 
     describe(model, batch_size, steps)
     bar = tqdm(total=steps, initial=first_step, disable=dist.rank > 0 or not sys.stderr.isatty())

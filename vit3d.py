@@ -10,6 +10,7 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
 placement: the engine finds the communication (all-reduce, all-gather, send) for it, also backward.
+`grad_sbp` says which sbp the gradient of the result takes first; from there it goes to the input's.
 `to_global` on a local tensor declares: this is my part of a global tensor. (Along an axis that is
 B the engine sends the first process's tensor to the others.)
 
@@ -32,12 +33,13 @@ import sys
 
 import numpy as np
 
-# With its search for detours between two sbp, the engine aborts on micro-batches of one image.
+# With its search for detours between two sbp the engine aborts on micro-batches of one image.
+# Without it a move must be a single one: `gather` and `Dropout` write their detours out.
 os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
 try:
     # The wheel's OpenBLAS does not know recent processors and takes kernels without AVX for them.
     if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
-        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # after numpy, whose own knows more
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # numpy's own is loaded by now
     with contextlib.suppress(OSError):  # the package mkl, if it is there, takes OpenBLAS's place
         ctypes.CDLL(f"{sys.prefix}/lib/libmkl_rt.so.2", mode=ctypes.RTLD_GLOBAL)
     try:
@@ -89,7 +91,8 @@ class Dist:
 
     Ranks are numbered stage by stage, within a stage replica by replica, and the tensor-parallel
     ranks of a replica are neighbours: `ranks` has the shape (pipeline_parallel_size,
-    data_parallel_size, tensor_parallel_size). Source: LiBai's `libai.utils.distributed`.
+    data_parallel_size, tensor_parallel_size). A mesh 2x4x1 is data 2 x tensor 4 x pipeline 1.
+    Source: LiBai's `libai.utils.distributed`.
     """
 
     def __init__(self):
@@ -148,6 +151,7 @@ class Dist:
         self.data_parallel_size = d
         self.tensor_parallel_size = t
         self.pipeline_parallel_size = p
+        # Within a stage ranks must rise row by row: the engine sorts a placement's in silence.
         self.ranks = np.arange(self.world_size).reshape(p, d, t)
         self.layer_stage_ids = stage_ids
         self.device_type = device_type or ("cpu" if no_cuda else "cuda")
@@ -168,11 +172,11 @@ class Dist:
         """The pipeline stage of a layer; negative indices count from the end."""
         return 0 if self.pipeline_parallel_size == 1 else self.layer_stage_ids[layer_idx]
 
-    def get_layer_placement(self, layer_idx, device_type=None):
+    def get_layer_placement(self, layer_idx):
         """The `flow.placement` of a layer: all ranks of its stage, as a mesh of one or two axes."""
         ranks = self.ranks[self.get_layer_stage_id(layer_idx)]
         ranks = ranks if min(ranks.shape) > 1 else ranks.flatten()
-        return flow.placement(device_type or self.device_type, ranks.tolist())
+        return flow.placement(self.device_type, ranks.tolist())
 
     def get_world_placement(self):
         """The `flow.placement` of all ranks, as one axis."""
@@ -181,13 +185,14 @@ class Dist:
     def get_nd_sbp(self, sbp_list):
         """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
         sizes = self.data_parallel_size, self.tensor_parallel_size
+        # A placement of one rank has one axis, too.
         return [sbp for sbp, size in zip(sbp_list, sizes) if size > 1] or [B]
 
     def get_hidden_sbp(self):
-        """The layout of (b, n, c) between two layers: a replica has samples, its ranks all of them.
+        """The hidden layout, that of (b, n, c) between layers: each rank has its replica's tokens.
 
         With sequence parallelism (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2) each
-        of its ranks has some of the tokens, and LayerNorm, dropout and sums work on those alone.
+        has some of them, and LayerNorm, dropout and sums work on those alone.
         """
         return self.get_nd_sbp([S(0), S(1) if self.sequence_parallel else B])
 
@@ -227,8 +232,8 @@ def batch_to_global(array, layer_idx):
 
 def whole(tensor):
     """A global tensor -> all of it as a numpy array. Call it on every rank: all of them get it."""
-    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))
-    tensor = tensor.to_global(placement=dist.get_world_placement(), sbp=B)
+    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))  # within its placement
+    tensor = tensor.to_global(placement=dist.get_world_placement(), sbp=B)  # to all ranks
     return tensor.to_local().numpy().copy()  # what `numpy` gives can be the tensor's own memory
 
 
@@ -245,7 +250,7 @@ class Layer(nn.Module):
     """What all layers share: a place in the model, the mesh, and how weights are stored.
 
     `layer_idx` gives the pipeline stage. `dist` is the mesh as it was when the layer was built: a
-    later `dist.setup` does not change it.
+    later `dist.setup` does not change it, so that one program can hold models on two meshes.
     """
 
     def __init__(self, layer_idx):
@@ -279,12 +284,13 @@ class Layer(nn.Module):
         """
         if not self.dist.shard_params:
             return parameter
-        tensor_sbp = parameter.sbp[-1]
+        tensor_sbp = parameter.sbp[-1]  # without a tensor-parallel axis `get_nd_sbp` drops it
         sbp = self.dist.get_nd_sbp([B, tensor_sbp])
         # The engine aborts on moving a parameter itself to another sbp; it moves a copy.
         parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # The gradient of LayerNorm's weights is [P, P] with sequence parallelism, and the engine
-        # has no single move from there to [S(0), B]: backward, [P, P] -> [P, B] -> [S(0), B].
+        # Forward this second move does nothing. Backward it makes [P, P] -> [P, B] -> [S(0), B]:
+        # with sequence parallelism the gradient of LayerNorm's weights is [P, P], from where the
+        # engine has no single move to [S(0), B].
         return parameter.to_global(sbp=sbp, grad_sbp=self.dist.get_nd_sbp([P, tensor_sbp]))
 
 
@@ -320,7 +326,8 @@ class Linear(Layer):
     """y = x W^T + b with W whole ("data"), split by columns of W^T ("col") or by its rows ("row").
 
     x: (..., in_features), y: (..., out_features), the sbp of both as in `forward`. W is stored as
-    (out_features, in_features), so that "col" is S(0) and "row" is S(1). Raises ValueError if
+    (out_features, in_features), so that "col" is S(0) and "row" is S(1). The two halves of a "col"
+    output lie on other ranks: for a gate take two Linear. Raises ValueError if
     tensor_parallel_size does not divide the features that are split. Source: Megatron-LM, section
     3. Initial weights: normal, std 0.02 (LiBai); initial bias: zero.
     """
@@ -341,27 +348,23 @@ class Linear(Layer):
         self.bias = self.new_parameter(flow.zeros(out_features), bias_sbp) if bias else None
 
     def forward(self, x):
-        weight = self.gather(self.weight)
         whole_sbp, hidden_sbp = self.dist.get_nd_sbp([S(0), B]), self.dist.get_hidden_sbp()
         split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         # Each move gives grad_sbp. Where the sbp of a gradient is left open in a graph, the engine
         # may choose one for which it moves a parameter by itself, and then aborts.
-        if self.parallel == "row":
-            # (..., in) [S(0), S(last)] x W^T [B, S(0)] -> [S(0), P] -> [S(0), B]: an all-reduce,
-            # or -> [S(0), S(1)]: a reduce-scatter, whose backward is an all-gather
-            x = x.to_global(sbp=split_sbp, grad_sbp=split_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)
-            x = x.to_global(sbp=hidden_sbp, grad_sbp=whole_sbp)
-        elif self.parallel == "col":
-            # (..., in) [S(0), B], or an all-gather from [S(0), S(1)],
-            # x W^T [B, S(1)] -> [S(0), S(last)]
+        sbp, grad_sbp = {
+            "data": (whole_sbp, whole_sbp),  # [S(0), B] x W^T [B, B] -> [S(0), B]
+            # [S(0), B], or an all-gather from [S(0), S(1)], x W^T [B, S(1)] -> [S(0), S(last)].
             # Backward, the gradient of x is [S(0), P]: an all-reduce, or a reduce-scatter.
-            x = x.to_global(sbp=whole_sbp, grad_sbp=hidden_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)
-        else:
-            # (..., in) [S(0), B] x W^T [B, B] -> [S(0), B]
-            x = x.to_global(sbp=whole_sbp, grad_sbp=whole_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)
+            "col": (whole_sbp, hidden_sbp),
+            "row": (split_sbp, split_sbp),  # [S(0), S(last)] x W^T [B, S(0)] -> [S(0), P]
+        }[self.parallel]
+        x = x.to_global(sbp=sbp, grad_sbp=grad_sbp)
+        x = flow.matmul(x, self.gather(self.weight), transpose_b=True)  # (..., in) -> (..., out)
+        if self.parallel == "row":
+            # [S(0), P] -> [S(0), B]: an all-reduce, or -> [S(0), S(1)]: a reduce-scatter, whose
+            # backward is an all-gather
+            x = x.to_global(sbp=hidden_sbp, grad_sbp=whole_sbp)
         return x if self.bias is None else x + self.gather(self.bias)
 
     def extra_repr(self):
@@ -424,7 +427,7 @@ class DropPath(Dropout):
 
 
 class PatchEmbedding(Layer):
-    """Images (b, in_chans, h, w) -> patch vectors (b, n, embed_dim), n = h w / patch_size^2.
+    """Images (b, in_chans, h, w) -> (b, patches, embed_dim), patches = h w / patch_size^2.
 
     A convolution whose stride is its size; its weight has a convolution's shape, (embed_dim,
     in_chans, patch_size, patch_size), and initial values. Raises ValueError if patch_size does not
@@ -450,9 +453,9 @@ class PatchEmbedding(Layer):
         require(h == w == self.img_size, f"images of {h} x {w}, the model takes {self.img_size}")
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(b, self.num_patches, c * p * p)  # (b, c, h, w) -> (b, n, c p p)
+        x = x.reshape(b, self.num_patches, c * p * p)  # (b, c, h, w) -> (b, patches, c p p)
         weight = self.gather(self.proj.weight).reshape(-1, c * p * p)
-        # (b, n, c p p) [S(0), B] x [B, B] -> (b, n, embed_dim) [S(0), B]
+        # (b, patches, c p p) [S(0), B] x [B, B] -> (b, patches, embed_dim) [S(0), B]
         return flow.matmul(x, weight, transpose_b=True) + self.gather(self.proj.bias)
 
 
@@ -532,7 +535,8 @@ class TransformerLayer(Layer):
         self.mlp = MLP(hidden_size, ffn_hidden_size, output_dropout_prob, layer_idx=layer_idx)
 
     def forward(self, x):
-        # The step from one pipeline stage to the next: a send. Within a stage it does nothing.
+        # The step from one pipeline stage to the next: a send. Within a stage it does nothing, and
+        # in a graph with stage ids the engine has done it.
         x = x.to_global(placement=self.dist.get_layer_placement(self.layer_idx))
         x = x + self.drop_path(self.self_attention(self.input_layernorm(x)))
         return x + self.drop_path(self.mlp(self.post_attention_layernorm(x)))
@@ -577,11 +581,12 @@ class VisionTransformer(Layer):
         require(dist.pipeline_parallel_size == 1 or depth == layers, misfit)
         self.num_classes = num_classes
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_chans, embed_dim)
-        n = self.patch_embed.num_patches + 1
-        self.cls_token = self.new_parameter(nn.init.normal_(flow.empty(1, 1, embed_dim), std=0.02))
-        self.pos_embed = self.new_parameter(nn.init.normal_(flow.empty(1, n, embed_dim), std=0.02))
+        tokens = self.patch_embed.num_patches + 1  # and the class token
+        cls_token, pos_embed = flow.empty(1, 1, embed_dim), flow.empty(1, tokens, embed_dim)
+        self.cls_token = self.new_parameter(nn.init.normal_(cls_token, std=0.02))
+        self.pos_embed = self.new_parameter(nn.init.normal_(pos_embed, std=0.02))
         self.pos_drop = Dropout(drop_rate)
-        self.pos_drop.layer_idx = 0
+        self.pos_drop.layer_idx = 0  # it is no Layer, and `set_pipeline_stage_id` asks for it
         blocks = []
         for i in range(depth):
             drop_path_prob = drop_path_rate * i / max(depth - 1, 1)  # rises from 0 with depth
@@ -595,23 +600,23 @@ class VisionTransformer(Layer):
         self.norm = LayerNorm(embed_dim, layer_norm_eps, layer_idx=-1)
         self.head = Linear(embed_dim, num_classes, layer_idx=-1)
         self.loss_func = nn.CrossEntropyLoss() if loss_func is None else loss_func
-        self.loss_func.layer_idx = -1
+        self.loss_func.layer_idx = -1  # likewise
 
     def no_weight_decay(self):
         """Names of the parameters that no weight decay should touch, beside biases and norms."""
         return {"pos_embed", "cls_token"}
 
     def forward_features(self, x):
-        """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, n + 1, c), last stage."""
+        """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1).to_global(sbp=x.sbp)
-        x = flow.cat((cls_token, x), dim=1)  # (b, n, c) -> (b, n + 1, c)
+        x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
         x = x.to_global(sbp=self.dist.get_hidden_sbp(), grad_sbp=x.sbp)  # [S(0), B] -> hidden
         return self.blocks(self.pos_drop(x))
 
     def forward_head(self, x):
-        """(b, n + 1, c) -> logits (b, num_classes), from the class token alone."""
+        """(b, tokens, c) -> logits (b, num_classes), from the class token alone."""
         x = self.norm(x)
         # hidden -> [S(0), B]: the class token is on one rank of [S(0), S(1)], the head on all
         x = x.to_global(sbp=self.dist.get_nd_sbp([S(0), B]), grad_sbp=x.sbp)
@@ -636,6 +641,9 @@ class VisionTransformer(Layer):
         the engine also puts buffers between stages, so that forward and backward of different
         micro-batches run at once, as in 1F1B.
         """
+        # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
+        # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
+        # stage are moved there: not the model's own, or the labels would go to stage 0.
         mesh = getattr(model.to(nn.Module), "dist", dist)  # the one that the model was built on
         for module in model.modules():
             layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
