@@ -203,6 +203,7 @@ def launch(args, command):
             if select.select([told], [], [], 0.1)[0]:
                 code, sentence = os.read(told, 65536).decode().splitlines()[0].split(" ", 1)
                 print(sentence, file=sys.stderr)
+                time.sleep(args.nnodes > 1)  # so that the other machines find it and tell it, too
                 return int(code)
             if any(codes):
                 code = next(filter(None, codes))
