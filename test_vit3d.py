@@ -243,16 +243,23 @@ def check_against_one_process(mesh, on, depth, mode, micro_batches=1):
     return float(of_loss), float(max(of_weight.values()))
 
 
-PROOF_NAME = "test_with_everything_on_ten_steps_are_those_of_one_process"
 PROOF = [(mesh, mode, m) for mesh in SMALL for mode in MODES for m in (1, 2, 4)]
 
 
-@on_meshes(PROOF)
-def test_with_everything_on_ten_steps_are_those_of_one_process(mesh, mode, micro_batches):
+def row_of_the_proof(mesh, mode, micro_batches):
     return check_against_one_process(mesh, "everything", 2, mode, micro_batches)
 
 
-@on_meshes([(mesh, mode) for mesh in MESHES for mode in MODES])
+for case in PROOF:
+    BODIES[np.prod(case[0])][f"proof-{case}"] = functools.partial(row_of_the_proof, *case)
+
+
+@on_meshes([case for case in PROOF if case[1:] != ("eager", 2)])  # the table has those, too
+def test_with_everything_on_ten_steps_are_those_of_one_process(mesh, mode, micro_batches):
+    row_of_the_proof(mesh, mode, micro_batches)
+
+
+@on_meshes([(m, mode) for m in MESHES for mode in MODES if max(m) == 4 or m == (2, 2, 2)])
 def test_with_nothing_on_ten_steps_are_those_of_one_process(mesh, mode):
     check_against_one_process(mesh, "nothing", mesh[2], mode)  # one block a stage
 
@@ -267,9 +274,9 @@ def test_each_feature_alone_gives_the_steps_of_one_process(mesh, on):
     check_against_one_process(mesh, on, 2, "graph")
 
 
-@on_meshes([((2, 2, 2), on) for on in ("nothing", "sequence")])
-def test_micro_batches_of_one_image_give_the_steps_of_one_process(mesh, on):
-    check_against_one_process(mesh, on, 2, "graph", micro_batches=8)
+@on_meshes([((2, 2, 2),)])
+def test_micro_batches_of_one_image_give_the_steps_of_one_process(mesh):
+    check_against_one_process(mesh, "sequence", 2, "graph", micro_batches=8)
 
 
 # 3. Where what lies -------------------------------------------------------------------------------
@@ -482,7 +489,7 @@ class AsInTheReference(nn.Module):
 
 @in_processes(4)
 def test_a_model_written_as_in_the_reference_runs_and_loads_libai_names_strictly():
-    scores = []
+    scores, graphs = [], []  # a graph that ends while another rank still reads from it aborts
     for mesh in ((2, 2, 1), (2, 1, 2), (1, 2, 2)):
         dist.setup(*mesh, pipeline_num_layers=2)
         theirs, ours = AsInTheReference(), VisionTransformer(8, 4, 3, 8, 2, 2, num_classes=3)
@@ -497,7 +504,8 @@ def test_a_model_written_as_in_the_reference_runs_and_loads_libai_names_strictly
         losses = [whole(model.train()(*batch)["losses"]) for model in (ours, theirs)]
         np.testing.assert_allclose(losses[0], losses[1], atol=1e-6)
         scores.append(whole(ours.eval()(*batch)["prediction_scores"]))
-        scores.append(whole(forward_graph(theirs.eval())(*batch)["prediction_scores"]))
+        graphs.append(forward_graph(theirs.eval()))
+        scores.append(whole(graphs[-1](*batch)["prediction_scores"]))
     for each in scores:
         np.testing.assert_allclose(each, scores[0], atol=1e-5)
 
@@ -1282,10 +1290,9 @@ def print_proof():
     with tempfile.TemporaryDirectory() as folder:
         make_references(Path(folder), OF_EVERYTHING)
         for n in BODIES:
-            cases = {"-".join([PROOF_NAME, name_of(c[0]), *map(str, c[1:])]): c for c in PROOF}
-            names = [name for name, case in cases.items() if np.prod(case[0]) == n]
-            for name, ranks in start_ranks(n, Path(folder), names).items():
-                mesh, mode, micro_batches = cases[name]
+            cases = [case for case in PROOF if np.prod(case[0]) == n]
+            seen = start_ranks(n, Path(folder), [f"proof-{case}" for case in cases])
+            for (mesh, mode, micro_batches), ranks in zip(cases, seen.values()):
                 failed, value = next((r for r in ranks if r[0]), ranks[0])
                 row = f"{value[0]:<31.1e}{value[1]:.1e}" if value else "NOT THAT OF ONE PROCESS"
                 print(f"{name_of(mesh):<7}{mode:<7}{micro_batches:<16}{row}", flush=True)
