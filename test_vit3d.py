@@ -378,9 +378,11 @@ def test_a_layer_keeps_the_mesh_that_it_was_built_on():
     dist.setup(1, 2, 1)
     layer = Linear(6, 4, parallel="col")
     here = batch_to_global(x, 0)
-    want = whole(layer(here))
+    before = layer(here)  # its features are split
     dist.setup(2, 1, 1)
-    assert np.array_equal(whole(layer(here)), want)
+    after = layer(here)
+    assert before.sbp == after.sbp == (S(2),)
+    assert np.array_equal(whole(before), whole(after))
 
 
 # 4. Layers and models -----------------------------------------------------------------------------
