@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -214,9 +215,11 @@ def launch(args, command):
     except KeyboardInterrupt:
         return 130
     finally:
-        for process in ranks:
+        # All are stopped before one is killed: a rank that sees another end aborts with a trace.
+        for number, process in itertools.product((signal.SIGSTOP, signal.SIGKILL), ranks):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and the processes that read images for it
+                os.killpg(process.pid, number)  # and the processes that read images for it
+        for process in ranks:
             process.wait()
 
 
