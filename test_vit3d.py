@@ -654,7 +654,7 @@ def held(model, gradients=False):
 
 
 @pytest.mark.parametrize("mode", ["", "--eager"], ids=["graph", "eager"])
-@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (1e3, 2, 0), (0, 1, 5)])
+@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (1e3, 2, 0), (0, 1, 5), (0, 2, 5)])
 def test_each_step_is_adamw_in_numpy_at_the_rate_of_warm_up_then_cosine(mode, clip, parts, warmup):
     """The low limit brings gradients down to Adam's eps; else eps is raised to their size."""
     flags = f"--lr 0.01 --weight-decay 0.5 --clip-grad {clip} --accumulation-steps {parts} {mode}"

@@ -476,9 +476,9 @@ class Trainer:
         groups = {True: [], False: []}
         for name, parameter in model.named_parameters():
             groups[parameter.ndim > 1 and name not in model.no_weight_decay()].append(parameter)
-        clip = {}
-        if args.clip_grad:
-            clip = dict(clip_grad_max_norm=args.clip_grad, clip_grad_norm_type=2.0)
+        # A graph that accumulates and does not clip updates weights that a backward pass still
+        # reads: there is always a norm to wait for, and 1e9 clips nothing.
+        clip = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         decay = dict(params=groups[True], weight_decay=args.weight_decay, **clip)
         no_decay = dict(params=groups[False], weight_decay=0.0, **clip)
         self.optimizer = AdamW([decay, no_decay], lr=args.lr)
