@@ -26,7 +26,7 @@ for the column- and row-parallel pair.
 import contextlib
 import copy
 import ctypes
-import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -40,21 +40,17 @@ try:
     # The wheel's OpenBLAS does not know recent processors and takes kernels without AVX for them.
     if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
         os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # numpy's own is loaded by now
-    with contextlib.suppress(OSError):  # the package mkl, if it is there, takes OpenBLAS's place
-        ctypes.CDLL(f"{sys.prefix}/lib/libmkl_rt.so.2", mode=ctypes.RTLD_GLOBAL)
-    try:
-        import oneflow as flow
-    except ImportError:  # nvidia's packages are not in the folder where the wheel looks for them
-        for name in (
-            "Lt.so.11", ".so.11",
-            "_ops_infer.so.8", "_ops_train.so.8", "_cnn_infer.so.8", "_cnn_train.so.8",
-        ):
-            package = "cublas" if name.endswith("11") else "cudnn"
-            folder = importlib.util.find_spec(f"nvidia.{package}.lib").submodule_search_locations[0]
-            ctypes.CDLL(f"{folder}/lib{package}{name}", mode=ctypes.RTLD_GLOBAL)
-        import oneflow as flow
+    libraries = ["libmkl_rt.so.2"]  # the package mkl, if it is there, takes OpenBLAS's place
+    # The wheel needs these of nvidia's packages, and does not find them by itself.
+    libraries += [f"nvidia/cublas/lib/libcublas{name}.so.11" for name in ("Lt", "")]
+    for name in ("ops_infer", "ops_train", "cnn_infer", "cnn_train"):
+        libraries.append(f"nvidia/cudnn/lib/libcudnn_{name}.so.8")
+    for library, folder in itertools.product(libraries, [f"{sys.prefix}/lib", *sys.path]):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(f"{folder}/{library}", mode=ctypes.RTLD_GLOBAL)
+    import oneflow as flow
     from oneflow import nn
-except (ImportError, OSError, AttributeError) as error:
+except (ImportError, OSError) as error:
     raise ImportError(
         f"OneFlow 0.9.0 does not load on Python {sys.version_info[0]}.{sys.version_info[1]}"
         f" ({error}): it needs Linux on x86-64, Python 3.8 to 3.10, and `pip install"
