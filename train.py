@@ -49,7 +49,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 milli
 DEMO = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
 # The flags that change the course of a run: a checkpoint keeps them, and a resume compares them.
-COURSE = "seed lr warmup_steps weight_decay clip_grad".split()
+COURSE = "num_heads layer_norm_eps seed lr warmup_steps weight_decay clip_grad".split()
 COURSE += "drop_rate attn_drop_rate drop_path_rate no_augment rand_augment".split()
 COURSE += "random_erasing mixup cutmix label_smoothing".split()
 
@@ -216,9 +216,9 @@ def launch(args, command):
         return 130
     finally:
         # All are stopped before one is killed: a rank that sees another end aborts with a trace.
-        for number, process in itertools.product((signal.SIGSTOP, signal.SIGKILL), ranks):
+        for each, process in itertools.product((signal.SIGSTOP, signal.SIGKILL), ranks):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)  # and the processes that read images for it
+                os.killpg(process.pid, each)  # and the processes that read images for it
         for process in ranks:
             process.wait()
 
@@ -228,8 +228,8 @@ def launch(args, command):
 
 class Images(flow.utils.data.Dataset):
     """What all data sets share; each adds `__len__`, `num_classes`, `label(index)`,
-    `image(index, epoch)`, an array (3, img_size, img_size) that depends on nothing else, and
-    `listing`, a number that tells which samples there are.
+    `image(index, epoch)`, an array (3, img_size, img_size) that depends on the seed, the split and
+    these alone, `img_size`, and `listing`, a number that tells which samples there are.
     """
 
     def __getitem__(self, key):
@@ -370,13 +370,14 @@ def load(data_set, keys, args, mixup=None):
             images, labels = (np.concatenate([t.numpy() for t in part]) for part in zip(*pairs))
         return images, labels, [each for each in wrong if each]
 
-    # Files are read apart, since flowvision's transforms seed the generator that masks draw from.
+    # Files are read in other processes: `image` seeds the generator that masks draw from.
     workers = args.workers if args.data else 0
     loader = flow.utils.data.DataLoader(
         data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate
     )
     for images, labels, wrong in loader:
-        require(not wrong, wrong[0] if wrong else "")
+        if wrong:
+            raise ValueError(wrong[0])
         yield images, labels
 
 

@@ -9,13 +9,14 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
     P     partial: each process holds a summand, the tensor is their sum
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
-placement: the engine finds the communication (all-reduce, all-gather, send) for it, also backward.
-`grad_sbp` says which sbp the gradient of the result takes first; from there it goes to the input's.
+placement: the engine finds the communication (all-reduce, all-gather, send) for it. Backward, the
+gradient goes back to the input's placement, in the sbp `grad_sbp` if that is given.
 `to_global` on a local tensor declares: this is my part of a global tensor. (Along an axis that is
 B the engine sends the first process's tensor to the others.)
 
 A signature such as [S(0), B] gives the entry of the data-parallel axis, then that of the
 tensor-parallel axis. The pipeline is not an axis: its stages are placements on other processes.
+Every process runs the whole program; outside an operator's placement it computes nothing.
 
 Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called
 "the paper" below; LiBai's tutorial "Detailed instruction on building Vision Transformer models",
@@ -34,10 +35,10 @@ import sys
 import numpy as np
 
 # With its search for detours between two sbp the engine aborts on micro-batches of one image.
-# Without it a move must be a single one: `gather` and `Dropout` write their detours out.
+# With the search off a move must be a single one: who needs two writes both.
 os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
 try:
-    # The wheel's OpenBLAS does not know recent processors and takes kernels without AVX for them.
+    # The wheel's OpenBLAS does not know recent processors: it can take kernels without AVX.
     if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
         os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # numpy's own is loaded by now
     libraries = ["libmkl_rt.so.2"]  # the package mkl, if it is there, takes OpenBLAS's place
@@ -111,7 +112,7 @@ class Dist:
 
         Layers are dealt evenly to the stages, the remainder to the later ones, which hold fewer
         micro-batches in flight; `custom_pipeline_stage_id`, a stage for each layer, overrides it.
-        With `shard_params` each weight is stored split along the data-parallel axis, too; with
+        With `shard_params` weights are stored split along the data-parallel axis, too; with
         `sequence_parallel` the tensor-parallel ranks share the tokens between layers, too.
         Raises ValueError for a mesh that the processes or the layers do not fit, and for a
         device_type 'cuda' whose GPUs cannot run it.
@@ -147,7 +148,7 @@ class Dist:
         self.data_parallel_size = d
         self.tensor_parallel_size = t
         self.pipeline_parallel_size = p
-        # Within a stage ranks must rise row by row: the engine sorts a placement's in silence.
+        # In a stage ranks must rise row by row: the engine sorts a placement's in silence.
         self.ranks = np.arange(self.world_size).reshape(p, d, t)
         self.layer_stage_ids = stage_ids
         self.device_type = device_type or ("cpu" if no_cuda else "cuda")
@@ -276,7 +277,8 @@ class Layer(nn.Module):
 
         With `shard_params` that is an all-gather, and the gradient is reduce-scattered. Source:
         ZeRO, stage 3 (Rajbhandari et al., 2020, arXiv:1910.02054): together the replicas hold the
-        weights, their gradients and the optimizer's state once.
+        weights, their gradients and the optimizer's state once. The gathered copy lives until its
+        backward pass.
         """
         if not self.dist.shard_params:
             return parameter
@@ -387,16 +389,18 @@ class LayerNorm(Layer):
 class Dropout(nn.Module):
     """Zero an element with probability p and scale the others by 1 / (1 - p), when training.
 
-    The mask is the one that a single process would draw, on every mesh. The price: each rank draws
-    the numbers of the whole batch and keeps its slice. Who will not pay it draws with
+    The mask is the one that a single process would draw, on every mesh: each call of `flow.rand`
+    takes a seed from the generator of every rank, whichever stage it runs on. The price: each rank
+    draws the numbers of the whole batch and keeps its slice. Who will not pay it draws with
     `sbp=x.sbp` instead: each rank its own slice, other masks on each mesh. The engine's own
     dropout draws one mask for all dropouts of one shape, on all ranks.
     """
 
-    def __init__(self, p=0.0):
+    def __init__(self, p=0.0, *, layer_idx=None):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
+        self.layer_idx = layer_idx  # of one outside the blocks; in a block, that of the block
 
     def mask_shape(self, x):
         return x.shape
@@ -406,7 +410,7 @@ class Dropout(nn.Module):
             return x
         shape, sbp = self.mask_shape(x), [B] * len(x.sbp)
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
-        splits = [S(i) for i, size in enumerate(shape) if size > 1]
+        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # DropPath's is (b, 1, 1)
         # One axis after the other, [B, B] -> [S(0), B] -> [S(0), S(1)], each rank keeps its slice:
         # the engine aborts on both at once where the ranks do not divide a dimension.
         for axis, entry in enumerate(x.sbp):
@@ -563,7 +567,7 @@ class VisionTransformer(Layer):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
 
     `loss_func` is a module, (logits, labels) -> scalar; None is the cross entropy. Raises
-    ValueError if `depth` is not the number of layers that the pipeline was set up for.
+    ValueError if `depth` is not the number of layers that a pipeline was set up for.
     """
 
     def __init__(
@@ -575,14 +579,12 @@ class VisionTransformer(Layer):
         layers = len(dist.layer_stage_ids or [])
         misfit = f"depth {depth} must be the pipeline_num_layers of dist.setup, {layers}"
         require(dist.pipeline_parallel_size == 1 or depth == layers, misfit)
-        self.num_classes = num_classes
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_chans, embed_dim)
         tokens = self.patch_embed.num_patches + 1  # and the class token
         cls_token, pos_embed = flow.empty(1, 1, embed_dim), flow.empty(1, tokens, embed_dim)
         self.cls_token = self.new_parameter(nn.init.normal_(cls_token, std=0.02))
         self.pos_embed = self.new_parameter(nn.init.normal_(pos_embed, std=0.02))
-        self.pos_drop = Dropout(drop_rate)
-        self.pos_drop.layer_idx = 0  # it is no Layer, and `set_pipeline_stage_id` asks for it
+        self.pos_drop = Dropout(drop_rate, layer_idx=0)
         blocks = []
         for i in range(depth):
             drop_path_prob = drop_path_rate * i / max(depth - 1, 1)  # rises from 0 with depth
@@ -596,7 +598,7 @@ class VisionTransformer(Layer):
         self.norm = LayerNorm(embed_dim, layer_norm_eps, layer_idx=-1)
         self.head = Linear(embed_dim, num_classes, layer_idx=-1)
         self.loss_func = nn.CrossEntropyLoss() if loss_func is None else loss_func
-        self.loss_func.layer_idx = -1  # likewise
+        self.loss_func.layer_idx = -1  # for `set_pipeline_stage_id`
 
     def no_weight_decay(self):
         """Names of the parameters that no weight decay should touch, beside biases and norms."""
