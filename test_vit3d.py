@@ -8,6 +8,7 @@ A test under `@in_processes(4)` or `@on_meshes(...)` runs its body on every rank
 asserts there. All bodies of one number of processes share one launch.
 """
 
+import ctypes.util
 import functools
 import itertools
 import json
@@ -21,11 +22,12 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent import futures
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
 os.environ["GLOG_minloglevel"] = "3"  # the engine's warnings of GPUs that are not there
+# Where the system has jemalloc, the processes that are started compile graphs in 0.6 of the time.
+os.environ.setdefault("LD_PRELOAD", ctypes.util.find_library("jemalloc") or "")
 
 import numpy as np
 import pytest
@@ -91,7 +93,7 @@ def run_bodies(names, folder):
     """On a rank: run the bodies; hand back, line by line, what each returned or how it failed."""
     with open(Path(folder) / f"{dist.world_size}-{dist.rank}.jsonl", "w", buffering=1) as file:
         for name in names:
-            signal.alarm(240)  # ranks that wait for one another are ended
+            signal.alarm(200)  # ranks that wait for one another are ended
             failed = value = None
             try:
                 value = BODIES[dist.world_size][name]()
@@ -122,21 +124,18 @@ def launched(tmp_path_factory, request):
     folder, seen = tmp_path_factory.mktemp("ranks"), {}
     asked = {item.name for item in request.session.items}
     make_references(folder, REFERENCES + OF_EVERYTHING)
-    # Side by side, because one core alone compiles a graph.
-    with futures.ThreadPoolExecutor() as threads:
-        for n, bodies in BODIES.items():
+
+    def check(n, name):
+        if n not in seen:
             names = [
-                each for each in bodies
+                each for each in BODIES[n]
                 if each in asked or f"{each.split('-')[0]}[{each.split('-', 1)[-1]}]" in asked
             ]  # fmt: skip
-            if names:
-                seen[n] = threads.submit(start_ranks, n, folder, names)
+            seen[n] = start_ranks(n, folder, names)
+        for rank, (failed, _) in enumerate(seen[n][name]):
+            assert not failed, f"rank {rank}: {failed}"
 
-        def check(n, name):
-            for rank, (failed, _) in enumerate(seen[n].result()[name]):
-                assert not failed, f"rank {rank}: {failed}"
-
-        yield check
+    return check
 
 
 # 2. Every mesh trains as one process does ---------------------------------------------------------
@@ -259,7 +258,7 @@ def test_with_everything_on_ten_steps_are_those_of_one_process(mesh, mode, micro
     return check_against_one_process(mesh, "everything", 2, mode, micro_batches)
 
 
-@on_meshes([(m, mode) for m in MESHES for mode in MODES if max(m) == 4 or m == (2, 2, 2)])
+@on_meshes([(mesh, mode) for mesh in MESHES for mode in MODES if max(mesh) == 4])
 def test_with_nothing_on_four_steps_are_those_of_one_process(mesh, mode):
     check_against_one_process(mesh, "nothing", mesh[2], mode)  # one block a stage
 
