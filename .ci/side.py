@@ -90,4 +90,6 @@ def median(call):
 train = median(step)
 model.eval()
 with no_grad():
-    print(*sys.argv[1:], size, "training", train, "inference", median(infer), flush=True)
+    inference = median(infer)
+if os.environ.get("RANK", "0") == "0":
+    print(*sys.argv[1:], f"on {size}: training {train}, inference {inference}", flush=True)
