@@ -56,12 +56,6 @@ COURSE += "random_erasing mixup cutmix label_smoothing".split()
 # 1. Arguments -----------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One sentence, exit code 2."""
-        self.exit(2, f"train.py: {message}\n")
-
-
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float in [low, high)."""
 
@@ -77,13 +71,14 @@ def number(kind, low, high=math.inf):
 
 
 def parse_arguments(argv=None):
-    """The command line; nothing changes it afterwards. Exit code 2 for what cannot go together."""
+    """The command line; nothing changes it afterwards. ValueError for what cannot go together."""
     count, rate, zero_up = number(int, 1), number(float, 0, 1), number(float, 0)
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="Sizes that are not given are those of --model; without --model, a small ViT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.error = lambda message: require(False, message)  # a sentence, as for all mistakes
     add = parser.add_argument_group("mesh").add_argument
     add("--data-parallel", type=count, default=1, help="replicas, each with its share of a batch")
     add("--tensor-parallel", type=count, default=1, help="processes that share each layer")
@@ -134,12 +129,12 @@ def parse_arguments(argv=None):
     add("--init-from", type=Path, metavar="PATH", help="start from the weights of a checkpoint")
     args = parser.parse_args(argv)
 
-    processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
+    args.processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
     address = args.master_addr and args.master_port
     weights = args.resume or args.init_from
     pairs = args.mixup or args.cutmix or args.label_smoothing
     for wrong, message in (
-        (processes % args.nnodes, f"--nnodes {args.nnodes} must divide {processes} processes"),
+        (args.processes % args.nnodes, f"--nnodes must divide {args.processes} processes"),
         (args.node_rank >= args.nnodes, f"--node-rank {args.node_rank} must be below --nnodes"),
         (args.nnodes > 1 and not address, "--nnodes needs --master-addr and --master-port"),
         (args.steps and args.epochs, "--steps and --epochs: give one of them"),
@@ -151,8 +146,7 @@ def parse_arguments(argv=None):
         (args.resume and args.init_from, "--resume and --init-from: give one of them"),
         (args.eval_only and not weights, "--eval-only needs --init-from or --resume"),
     ):
-        if wrong:
-            parser.error(message)
+        require(not wrong, message)
     return args
 
 
@@ -165,12 +159,10 @@ def launch(args, command):
     A rank that finds a mistake writes `CODE SENTENCE` to a pipe; the first one is printed. Returns
     the exit code.
     """
-    per_node = args.data_parallel * args.tensor_parallel * args.pipeline_parallel // args.nnodes
-    address, port = socket.gethostbyname(args.master_addr or "127.0.0.1"), args.master_port
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
+    per_node = args.processes // args.nnodes
+    address = socket.gethostbyname(args.master_addr or "127.0.0.1")
+    with socket.create_server(("", 0)) as free:
+        port = args.master_port or free.getsockname()[1]
     told, tell = os.pipe()
     environment = {
         "OMP_NUM_THREADS": "1",  # a rank is one core's arithmetic
@@ -212,8 +204,6 @@ def launch(args, command):
                 print(f"train.py: a process ended by {name}, and with it the run", file=sys.stderr)
                 return 1
         return 0
-    except KeyboardInterrupt:
-        return 130
     finally:
         # All are stopped before one is killed: a rank that sees another end aborts with a trace.
         for each, process in itertools.product((signal.SIGSTOP, signal.SIGKILL), ranks):
@@ -227,10 +217,15 @@ def launch(args, command):
 
 
 class Images(flow.utils.data.Dataset):
-    """What all data sets share; each adds `__len__`, `num_classes`, `label(index)`,
-    `image(index, epoch)`, an array (3, img_size, img_size) that depends on the seed, the split and
-    these alone, `img_size`, and `listing`, a number that tells which samples there are.
+    """What all data sets share. Each adds `img_size`, `num_classes`, `labels`, a class for each
+    sample, and `image(index, epoch)`, an array (3, img_size, img_size) that depends on the seed,
+    the split and these two alone.
     """
+
+    listing = 0  # a number that tells which files there are
+
+    def __len__(self):
+        return len(self.labels)
 
     def __getitem__(self, key):
         """(epoch, index) -> key, image, label, and what is wrong with its file or None.
@@ -244,27 +239,21 @@ class Images(flow.utils.data.Dataset):
                 image = self.image(index, epoch)
             except Exception as error:  # decoders meet damaged files with many kinds of them
                 wrong = f"{self.folder.samples[index][0]} cannot be read as an image: {error}"
-        return key, image, self.label(index), wrong
+        return key, image, self.labels[index], wrong
 
 
 class SyntheticImages(Images):
     """Class-dependent patterns under noise; an image is a function of seed, split and index."""
 
     def __init__(self, split, length, num_classes, img_size, seed):
-        self.length, self.num_classes, self.img_size = length, num_classes, img_size
-        self.seed, self.split, self.listing = seed, split, length
+        self.split, self.num_classes, self.img_size, self.seed = split, num_classes, img_size, seed
+        self.labels = np.arange(length) % num_classes
         self.patterns = np.random.default_rng(seed).standard_normal((num_classes, 3, 4, 4))
-
-    def __len__(self):
-        return self.length
-
-    def label(self, index):
-        return index % self.num_classes
 
     def image(self, index, epoch):
         rng = np.random.default_rng([self.seed, self.split == "val", index])
         size, scale = self.img_size, math.ceil(self.img_size / 4)
-        pattern = self.patterns[self.label(index)].repeat(scale, 1).repeat(scale, 2)
+        pattern = self.patterns[self.labels[index]].repeat(scale, 1).repeat(scale, 2)
         pattern = pattern[:, :size, :size]
         return (0.5 * pattern + rng.standard_normal(pattern.shape)).astype(np.float32)
 
@@ -286,7 +275,8 @@ class FolderImages(Images):
             self.folder = datasets.ImageFolder(str(root), loader=open_image)
         except FileNotFoundError as error:  # no class folder, or a class without images
             raise ValueError(f"{root}: {str(error).split('Supported')[0].strip()}") from None
-        self.img_size, self.seed, folders = img_size, args.seed, len(self.folder.classes)
+        self.labels, folders = self.folder.targets, len(self.folder.classes)
+        self.img_size, self.seed = img_size, args.seed
         self.num_classes = args.num_classes or folders
         few = f"--num-classes {self.num_classes} is below the {folders} folders"
         require(self.num_classes >= folders, few)
@@ -305,12 +295,6 @@ class FolderImages(Images):
         except AssertionError:
             policy = f"--rand-augment {args.rand_augment!r}"
             raise ValueError(f"{policy} must be a policy such as rand-m9-mstd0.5-inc1") from None
-
-    def __len__(self):
-        return len(self.folder)
-
-    def label(self, index):
-        return self.folder.targets[index]
 
     def image(self, index, epoch):
         seed = seed_of(self.seed, epoch, index)  # flowvision's transforms draw from all of these
@@ -547,7 +531,7 @@ def evaluate(model, images, args):
     with flow.no_grad():
         for batch, (mine, _) in zip(batches, load(images, keys, args)):
             logits = whole(model(batch_to_global(mine, 0))["prediction_scores"])  # of all replicas
-            labels = np.array([images.label(index) for index in batch.flatten() if index < length])
+            labels = np.array([images.labels[index] for index in batch.flatten() if index < length])
             logits = logits[: len(labels)].astype(np.float64)
             logits -= logits.max(1, keepdims=True)
             true = np.take_along_axis(logits, labels[:, None], 1)
@@ -786,10 +770,12 @@ def fail(message, code=2):
 
 
 def main():
-    args = parse_arguments()
-    mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
     try:
-        if math.prod(mesh) > 1 and dist.world_size == 1:
+        args = parse_arguments()
+        if args.processes > 1 and dist.world_size == 1:
+            # The engine ends a process at once on Ctrl-C; so `launch` comes to end its ranks first.
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda number, frame: sys.exit(128 + number))
             sys.exit(launch(args, [sys.executable, *sys.argv]))
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
         run(args)
