@@ -256,14 +256,18 @@ def test_with_everything_on_ten_steps_are_those_of_one_process(mesh, mode, micro
     return check_against_one_process(mesh, "everything", 2, mode, micro_batches)
 
 
-@on_meshes([(mesh, mode) for mesh in MESHES for mode in MODES if max(mesh) == 4])
+ODD = (1, 2, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2)  # meshes that share 197 tokens, as graphs
+PLAIN = [(mesh, mode) for mesh in MESHES for mode in MODES if max(mesh) == 4]
+
+
+@on_meshes([(mesh, mode) for mesh, mode in PLAIN if mode == "eager" or mesh not in ODD])
 def test_with_nothing_on_two_steps_are_those_of_one_process(mesh, mode):
     check_against_one_process(mesh, "nothing", mesh[2], mode)  # one block a stage
 
 
 ALONE = [((2, 1, 1), "dropout"), ((2, 1, 1), "zero"), ((1, 1, 2), "checkpoint")]
 ALONE += [((1, 2, 1), "sequence"), ((1, 2, 2), "sequence")]
-ALONE += [((1, 2, 1), "197 tokens"), ((1, 4, 1), "197 tokens"), ((2, 2, 2), "197 tokens")]
+ALONE += [(mesh, "197 tokens") for mesh in ODD]
 
 
 @on_meshes(ALONE)
@@ -271,9 +275,9 @@ def test_each_feature_alone_gives_the_steps_of_one_process(mesh, on):
     check_against_one_process(mesh, on, 2, "graph")
 
 
-@on_meshes([((2, 2, 2),)])
-def test_micro_batches_of_one_image_give_the_steps_of_one_process(mesh):
-    check_against_one_process(mesh, "sequence", 2, "graph", micro_batches=8)
+@on_meshes([((2, 2, 2), "graph"), ((2, 2, 1), "eager")])
+def test_micro_batches_of_one_image_give_the_steps_of_one_process(mesh, mode):
+    check_against_one_process(mesh, "sequence", 2, mode, micro_batches=8)
 
 
 # 3. Where what lies -------------------------------------------------------------------------------
@@ -573,7 +577,15 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
         load_timm_state_dict(large, state)
 
 
-def test_cuda_is_the_choice_only_where_its_code_runs_and_each_process_has_a_gpu():
+def test_cuda_is_the_choice_only_where_its_code_runs_and_each_process_has_a_gpu(monkeypatch):
+    for gpus, device_type in (
+        ([(8, 6)], "cuda"), ([(8, 0)] * 8, "cuda"), ([(9, 0)], "cpu"), ([(5, 2)] * 8, "cpu"),
+    ):  # fmt: skip
+        monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(flow.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: gpus[gpu])
+        dist.setup()
+        assert (dist.device_type, bool(dist.no_cuda)) == (device_type, device_type == "cpu")
     assert why_not_cuda([(8, 0)] * 8, 8) == why_not_cuda([(6, 0), (8, 9)], 2) == ""
     assert why_not_cuda([(8, 9)], 1) == ""
     assert why_not_cuda([], 1) == "no GPU here"
@@ -614,6 +626,9 @@ def test_a_mesh_that_does_not_fit_is_a_value_error_on_every_rank():
     ):
         with pytest.raises(ValueError, match=message):
             dist.setup(*arguments)
+    dist.setup(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="layer_idx 4 must be one of the 4 layers of the pipeline"):
+        Linear(4, 4, layer_idx=4)
     dist.setup(1, 2, 1)
     for call, message in (
         (lambda: Linear(4, 65, parallel="col"), "2 tensor-parallel ranks do not divide 65"),
@@ -873,9 +888,12 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
         (1, np.where(np.arange(10) == 3, np.nan, 0), [np.nan, 0, 0]),
     ):
         load_weights(model, {**w, "head.weight": scale * w["head.weight"], "head.bias": bias})
+        start = time.perf_counter()
         seen = train.evaluate(model.train(), images, args)
+        speed = 23 / (time.perf_counter() - start)
         assert [seen[k] for k in ("val_loss", "top1", "top5")] == about(want, nan_ok=True)
-        assert (model.training, seen["images"]) == (True, 23) and seen["val_images_per_s"] > 1
+        assert (model.training, seen["images"]) == (True, 23)
+        assert seen["val_images_per_s"] == about(speed, rel=0.2)
 
 
 # 6. The script ------------------------------------------------------------------------------------
@@ -990,6 +1008,7 @@ BAD = {
     "--data FEW": "a batch of 32 images is more than the 4 there are",
     "--init-from NOWHERE": "NOWHERE must be an .npz file",
     "--init-from VOID": "VOID must be an .npz file",
+    "--init-from ARRAY": "ARRAY must be an .npz file",
     "--eval-only --resume --output-dir OUT": "--eval-only needs a checkpoint: .*OUT holds none",
     "--output-dir VOID": "--output-dir .*VOID cannot be used",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below all 9 steps",
@@ -1001,7 +1020,7 @@ def bad_folders(tmp_path_factory):
     root, image = tmp_path_factory.mktemp("bad"), Image.new("RGB", (8, 8))
     for name, train_classes, val_classes, count in (
         ("EMPTY", "", "", 0), ("BARE", "a", "a", 0), ("ODD", "ab", "a", 2), ("BROKEN", "a", "a", 2),
-        ("FALSE", "a", "a", 2), ("FEW", "ab", "ab", 2),
+        ("FALSE", "a", "a", 2), ("FEW", "ab", "ab", 2), ("HUGE", "a", "a", 2),
     ):  # fmt: skip
         for split, classes in (("train", train_classes), ("val", val_classes)):
             (root / name / split).mkdir(parents=True)
@@ -1012,6 +1031,8 @@ def bad_folders(tmp_path_factory):
     (root / "BROKEN/train/a/1.png").write_text("not an image")
     (root / "FALSE/train/a/1.png").rename(root / "FALSE/train/a/1.jpg")  # a PNG under its name
     (root / "VOID").touch()
+    np.save(open(root / "ARRAY", "wb"), np.zeros(3))
+    Image.new("1", (10000, 9000)).save(root / "HUGE/train/a/1.png")
     return root
 
 
@@ -1028,6 +1049,8 @@ ENDS = {
     "--num-heads 3": "3 heads do not divide 64 features",
     "--tensor-parallel 2 --num-heads 5 --embed-dim 60": "2 tensor-parallel ranks do not divide 5",
     "--data FALSE --micro-batch-size 1": "FALSE/train/a/1.jpg cannot be read as an image",
+    "--data HUGE --micro-batch-size 1": "HUGE/train/a/1.png cannot be read as an image: Image size",
+    "--data-parallel 2 --master-addr no.such.host": "--master-addr no.such.host is no address",
     "--data BROKEN --micro-batch-size 1 --data-parallel 2 --eager": "a/1.png cannot be read as an",
 }
 
@@ -1057,6 +1080,29 @@ def test_under_oneflows_launcher_a_run_does_not_start_again_and_a_mistake_is_tol
     run = train_py("--data-parallel", 3, before=before)
     assert run.returncode == 1  # that of OneFlow's launcher
     assert run.stderr.count("3 x 1 x 1 = 3 must be the number of processes, 2") == 1
+
+
+def test_under_a_schedulers_variables_a_run_does_not_start_again():
+    command = [sys.executable, "train.py", *TINY, "--data-parallel", "2", "--eager", "--steps", "2"]
+    more = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    runs = []
+    for rank in "01":
+        env = {**CLEAN, **more, "RANK": rank, "LOCAL_RANK": rank}
+        runs.append(subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True))
+        time.sleep(1)  # rank 0 listens first
+    told = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and told[1] == ""
+    assert told[0].count("data 2 x tensor 1 x pipeline 1 = 2") == 1 and "step 2 " in told[0]
+
+
+def test_haswells_products_are_chosen_where_the_processor_has_them_and_the_user_set_nothing():
+    has = {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())
+    for given, want in (({}, "Haswell" if has else "None"), ({"OPENBLAS_CORETYPE": "Zen"}, "Zen")):
+        env = {key: value for key, value in CLEAN.items() if key != "OPENBLAS_CORETYPE"}
+        code = "import vit3d, os; print(os.environ.get('OPENBLAS_CORETYPE'))"
+        run = [sys.executable, "-c", code]
+        told = subprocess.run(run, cwd=HERE, env={**env, **given}, capture_output=True, text=True)
+        assert told.stdout == want + "\n"
 
 
 def test_the_lines_of_the_readme_train_on_eight_processes_when_copied(tmp_path):
@@ -1107,19 +1153,16 @@ def arrays(folder):
     return {k: v for k, v in np.load(newest).items() if k.split("/")[0] not in ("about", "engine")}
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights_to_the_bit(tmp_path):
+def test_a_run_whose_rank_is_killed_goes_on_to_the_same_weights_to_the_bit(tmp_path):
     flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 40, "--save-every", 2]
     flags += ["--micro-batch-size", 4]
     assert train_py(*flags, "--output-dir", tmp_path / "whole").returncode == 0
-    for victim, delay in (("rank", 0.1), ("launcher", 0.33)):
-        run, children = start(tmp_path / "killed", *flags, "--resume")
-        time.sleep(delay)
-        os.kill(int(children[1]) if victim == "rank" else run.pid, signal.SIGKILL)
-        assert run.wait(timeout=30) == (1 if victim == "rank" else -signal.SIGKILL)
-        assert all_end(children)
-        if victim == "rank":
-            log = (tmp_path / "killed.log").read_text()
-            assert re.search("train.py: a process ended by SIG.*, and with it the run", log)
+    run, children = start(tmp_path / "killed", *flags)
+    time.sleep(0.1)
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert run.wait(timeout=30) == 1 and all_end(children)
+    log = (tmp_path / "killed.log").read_text()
+    assert re.search("train.py: a process ended by SIG.*, and with it the run", log)
     assert train_py(*flags, "--output-dir", tmp_path / "killed", "--resume").returncode == 0
     whole_run, killed = arrays(tmp_path / "whole"), arrays(tmp_path / "killed")
     assert whole_run.keys() == killed.keys()
@@ -1185,6 +1228,8 @@ def test_a_checkpoint_is_used_skipped_or_refused_with_a_reason(tmp_path, capsys)
     ):
         with pytest.raises(ValueError, match=message):
             run_here(*flags, *more)
+    with pytest.raises(ValueError, match="6.npz is of another run: num_heads was 2 and is 4"):
+        run_here(*TINY, "--num-heads", 4, "--eval-only", "--init-from", sixth)
     with pytest.raises(ValueError, match=r"head.weight has shape \(10, 32\), in the model"):
         run_here(*TINY, "--embed-dim", 16, "--init-from", sixth)
     with pytest.raises(ValueError, match="blocks.2.input_layernorm.bias is missing"):
@@ -1195,8 +1240,10 @@ def test_a_checkpoint_is_used_skipped_or_refused_with_a_reason(tmp_path, capsys)
     content = bytearray(sixth.read_bytes())
     content[len(content) // 2] ^= 1
     sixth.write_bytes(content)
-    with pytest.raises(ValueError, match="step-00000006.npz is damaged: .*; delete it to resume"):
+    with pytest.raises(ValueError, match="step-00000006.npz is damaged: .* delete it to resume"):
         run_here(*flags, "--resume")
+    with pytest.raises(ValueError, match="step-00000006.npz is damaged"):
+        run_here(*TINY, "--init-from", sixth)
     assert sixth.read_bytes() == content
     np.savez(folder / "step-00000008.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match="step-00000008.npz is no checkpoint"):
@@ -1223,7 +1270,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
 def test_machines_that_list_other_files_or_were_given_other_flags_are_refused():
     dist.setup(2)
     train.require_agreement("the same", 3)
-    with pytest.raises(ValueError, match="list other files or were given other flags"):
+    with pytest.raises(ValueError, match="machines differ in files, flags or device"):
         train.require_agreement("another", dist.rank)
 
 

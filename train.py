@@ -49,9 +49,11 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 milli
 DEMO = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
 # The flags that change the course of a run: a checkpoint keeps them, and a resume compares them.
-COURSE = "num_heads layer_norm_eps seed lr warmup_steps weight_decay clip_grad".split()
+COURSE = "seed lr warmup_steps weight_decay clip_grad".split()
 COURSE += "drop_rate attn_drop_rate drop_path_rate no_augment rand_augment".split()
 COURSE += "random_erasing mixup cutmix label_smoothing".split()
+
+MODEL = "num_heads", "layer_norm_eps"  # what the shapes of weights do not tell
 
 # 1. Arguments -----------------------------------------------------------------------------------
 
@@ -75,8 +77,7 @@ def parse_arguments(argv=None):
     count, rate, zero_up = number(int, 1), number(float, 0, 1), number(float, 0)
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Sizes that are not given are those of --model; without --model, a small ViT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="(): the default. Sizes not given are those of --model, or of a small ViT.",
     )
     parser.error = lambda message: require(False, message)  # a sentence, as for all mistakes
     add = parser.add_argument_group("mesh").add_argument
@@ -85,16 +86,16 @@ def parse_arguments(argv=None):
     add("--pipeline-parallel", type=count, default=1, help="stages, each with some of the layers")
     add("--shard-params", action="store_true", help="split weights over the replicas (ZeRO-3)")
     add("--sequence-parallel", action="store_true", help="split tokens between layers, too")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where it can run, else cpu")
+    add("--device", choices=["cpu", "cuda"], help="(cuda where it can run, else cpu)")
     add("--nnodes", type=count, default=1, help="machines; run the command once on each")
     add("--node-rank", type=number(int, 0), default=0, help="which of the machines this is")
-    add("--master-addr", help="address of machine 0; default: this machine")
-    add("--master-port", type=number(int, 1, 65536), help="free port there; default: chosen")
+    add("--master-addr", help="address of machine 0 (this machine)")
+    add("--master-port", type=number(int, 1, 65536), help="free port there (chosen)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     for name in ("img-size", "patch-size", "embed-dim", "depth", "num-heads", "num-classes"):
         add(f"--{name}", type=count, metavar="N")
-    add("--layer-norm-eps", type=zero_up, default=1e-5, help="LiBai's; timm's is 1e-6")
+    add("--layer-norm-eps", type=zero_up, default=1e-5, help="(LiBai's 1e-5; timm's is 1e-6)")
     for name in ("drop-rate", "attn-drop-rate", "drop-path-rate"):
         add(f"--{name}", type=rate, default=0.0, metavar="P")
     add = parser.add_argument_group("data").add_argument
@@ -105,16 +106,16 @@ def parse_arguments(argv=None):
     add("--mixup", type=zero_up, default=0.0, metavar="ALPHA", help="0: none")
     add("--cutmix", type=zero_up, default=0.0, metavar="ALPHA", help="0: none")
     add("--label-smoothing", type=rate, default=0.0, metavar="P")
-    add("--workers", type=count, default=2, help="processes that decode, for each process")
+    add("--workers", type=count, default=2, help="readers of each process (%(default)s)")
     add = parser.add_argument_group("training").add_argument
-    add("--micro-batch-size", type=count, default=32, help="images per replica and micro-batch")
-    add("--accumulation-steps", type=count, default=1, help="micro-batches per optimizer step")
-    add("--steps", type=count, help="optimizer steps; default: 200, or those of --epochs")
+    add("--micro-batch-size", type=count, default=32, help="images, of a replica (%(default)s)")
+    add("--accumulation-steps", type=count, default=1, help="micro-batches a step (%(default)s)")
+    add("--steps", type=count, help="optimizer steps (200, or those of --epochs)")
     add("--epochs", type=count, help="passes over the training images")
-    add("--lr", type=zero_up, default=1e-3, help="highest learning rate")
-    add("--warmup-steps", type=number(int, 0), help="default: a tenth of all steps")
-    add("--weight-decay", type=zero_up, default=0.05, help="of weights; not of biases and norms")
-    add("--clip-grad", type=zero_up, default=1.0, help="highest norm of all gradients; 0: none")
+    add("--lr", type=zero_up, default=1e-3, help="highest learning rate (%(default)s)")
+    add("--warmup-steps", type=number(int, 0), help="(a tenth of all steps)")
+    add("--weight-decay", type=zero_up, default=0.05, help="not of biases, norms (%(default)s)")
+    add("--clip-grad", type=zero_up, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (less memory: CUDA)")
     add("--amp", action="store_true", help="half precision (CUDA)")
     add("--eager", action="store_true", help="run without nn.Graph")
@@ -124,7 +125,7 @@ def parse_arguments(argv=None):
     add("--eval-only", action="store_true", help="validate the weights of --init-from, --resume")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoints go")
     add("--save-every", type=count, help="steps between checkpoints; there is one at the end")
-    add("--keep", type=count, default=2, help="checkpoints that stay, the newest")
+    add("--keep", type=count, default=2, help="newest checkpoints that stay (%(default)s)")
     add("--resume", action="store_true", help="go on from the newest checkpoint of --output-dir")
     add("--init-from", type=Path, metavar="PATH", help="start from the weights of a checkpoint")
     args = parser.parse_args(argv)
@@ -160,7 +161,10 @@ def launch(args, command):
     the exit code.
     """
     per_node = args.processes // args.nnodes
-    address = socket.gethostbyname(args.master_addr or "127.0.0.1")
+    try:
+        address = socket.gethostbyname(args.master_addr or "127.0.0.1")
+    except OSError as error:
+        raise ValueError(f"--master-addr {args.master_addr} is no address: {error}") from None
     with socket.create_server(("", 0)) as free:
         port = args.master_port or free.getsockname()[1]
     told, tell = os.pipe()
@@ -172,6 +176,8 @@ def launch(args, command):
         "MASTER_PORT": str(port),
         "VIT3D_LAUNCHER": str(tell),
     }
+    if args.nnodes > 1:
+        print(f"waiting for rank 0 at {address}:{port}", flush=True)
     libc, ranks, codes = ctypes.CDLL(None), [], []
     try:
         for local_rank in range(per_node):
@@ -475,9 +481,8 @@ class Trainer:
             self.scheduler = schedules.WarmUpLR(
                 self.scheduler, warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True
             )
-        self.graph = None
-        if not args.eager:
-            self.graph = TrainGraph(model, self.optimizer, self.scheduler, args)
+        graph = None if args.eager else TrainGraph(model, self.optimizer, self.scheduler, args)
+        self.graph = graph
 
     def step(self, images, labels):
         """A replica's batch as numpy -> mean loss, and what else to report."""
@@ -574,16 +579,37 @@ def save(trainer, step, about, args):
     os.fsync(folder)
     os.close(folder)
     older = sorted(each for each in args.output_dir.glob("step-*.npz") if each.name < path.name)
-    for each in older[: max(len(older) + 1 - args.keep, 0)]:
+    for each in older[::-1][args.keep - 1 :]:
         each.unlink()
 
 
+DAMAGED = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
+
+
 def open_arrays(path):
-    """The arrays of an .npz file by name, each read when asked for."""
+    """An .npz file, whose arrays are read when asked for."""
     try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = np.load(path)
+    except DAMAGED as error:
         raise ValueError(f"{path} must be an .npz file: {error}") from None
+    require(isinstance(arrays, np.lib.npyio.NpzFile), f"{path} must be an .npz file")
+    return arrays
+
+
+def read_arrays(path, arrays, about, compared):
+    """All arrays by name, and after which step they were saved; weights alone have no step."""
+    try:
+        arrays = {name: arrays[name] for name in arrays}
+    except DAMAGED as error:
+        cure = "take another, or delete it to resume from the one before"
+        raise ValueError(f"{path} is damaged: {error}; {cure}") from None
+    if "about/run" not in arrays:
+        return arrays, None
+    there = json.loads(str(arrays["about/run"]))
+    other = [key for key in compared if there.get(key) != about[key]]
+    other = [f"{key} was {there.get(key)} and is {about[key]}" for key in other]
+    require(not other, f"{path} is of another run: {'; '.join(other)}")
+    return arrays, there["step"]
 
 
 def start_from(trainer, about, args):
@@ -592,7 +618,7 @@ def start_from(trainer, about, args):
     Returns the step that it was saved after. Raises ValueError for a checkpoint of another run.
     """
     if args.init_from:
-        arrays = open_arrays(args.init_from)
+        arrays, _ = read_arrays(args.init_from, open_arrays(args.init_from), about, MODEL)
         timm = "blocks.0.attn.qkv.weight" in arrays
         (load_timm_state_dict if timm else load_weights)(trainer.model, arrays)
     checkpoints = sorted(args.output_dir.glob("step-*.npz")) if args.output_dir else []
@@ -608,20 +634,12 @@ def start_from(trainer, about, args):
             if dist.rank == 0:
                 print(f"train.py: skipped: {error}", file=sys.stderr)
             continue
-        require("about/run" in arrays, f"{path} is no checkpoint: --init-from takes weights alone")
-        try:
-            arrays = {name: arrays[name] for name in arrays}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            damaged = f"{path} is damaged: {error}; delete it to resume from the one before"
-            raise ValueError(damaged) from None
-        there = json.loads(str(arrays["about/run"]))
-        other = [key for key in about if there.get(key) != about[key]]
-        other = [f"{key} was {there.get(key)} and is {about[key]}" for key in other]
-        require(args.eval_only or not other, f"{path} is of another run: {'; '.join(other)}")
-        trainer.load(arrays, there["step"])
+        arrays, step = read_arrays(path, arrays, about, MODEL if args.eval_only else about)
+        require(step, f"{path} is no checkpoint: --init-from takes weights alone")
+        trainer.load(arrays, step)
         if dist.rank == 0:
             print(f"resuming from {path}")
-        return there["step"]
+        return step
     require(not args.eval_only, f"--eval-only needs a checkpoint: {args.output_dir} holds none")
     if dist.rank == 0:
         print(f"no checkpoint in {args.output_dir}: from the start")
@@ -653,9 +671,10 @@ def build_model(args, sizes, num_classes):
 
 def require_agreement(*what):
     """Raise ValueError unless all ranks hold the same: machines can differ in files and flags."""
-    number = flow.tensor([zlib.crc32(repr(what).encode())])
-    numbers = whole(number.to_global(placement=dist.get_world_placement(), sbp=S(0)))
-    require(len(set(numbers)) == 1, "the machines list other files or were given other flags")
+    number = flow.tensor([zlib.crc32(repr((dist.device_type, *what)).encode())])
+    everyone = flow.placement("cpu", dist.ranks.flatten().tolist())  # whatever device each chose
+    numbers = number.to_global(placement=everyone, sbp=S(0)).to_global(sbp=B).to_local().numpy()
+    require(len(set(numbers)) == 1, "machines differ in files, flags or device")
 
 
 def open_metrics(args):
@@ -722,6 +741,7 @@ def run(args):
     trainer = Trainer(model, args, steps)
     metrics = open_metrics(args) if args.output_dir and dist.rank == 0 else None
     about = dict(batch_size=batch_size, steps=steps, train=train.listing, val=val.listing)
+    about.update(num_heads=sizes["num_heads"], layer_norm_eps=args.layer_norm_eps)
     about.update({flag: getattr(args, flag) for flag in COURSE})
     first_step = start_from(trainer, about, args)
 

@@ -98,15 +98,9 @@ class Dist:
         self.setup(self.world_size)  # until a program lays out its own mesh
 
     def setup(
-        self,
-        data_parallel_size=1,
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
-        pipeline_num_layers=None,
-        custom_pipeline_stage_id=None,
-        device_type=None,
-        shard_params=False,
-        sequence_parallel=False,
+        self, data_parallel_size=1, tensor_parallel_size=1, pipeline_parallel_size=1,
+        pipeline_num_layers=None, custom_pipeline_stage_id=None, device_type=None,
+        shard_params=False, sequence_parallel=False,
     ):
         """Lay the mesh over all processes. Call it before a model is built.
 
@@ -167,7 +161,12 @@ class Dist:
 
     def get_layer_stage_id(self, layer_idx):
         """The pipeline stage of a layer; negative indices count from the end."""
-        return 0 if self.pipeline_parallel_size == 1 else self.layer_stage_ids[layer_idx]
+        if self.pipeline_parallel_size == 1:
+            return 0
+        layers = len(self.layer_stage_ids)
+        wrong = f"layer_idx {layer_idx} must be one of the {layers} layers of the pipeline"
+        require(-layers <= layer_idx < layers, wrong)
+        return self.layer_stage_ids[layer_idx]
 
     def get_layer_placement(self, layer_idx):
         """The `flow.placement` of a layer: all ranks of its stage, as a mesh of one or two axes."""
@@ -247,7 +246,7 @@ class Layer(nn.Module):
     """What all layers share: a place in the model, the mesh, and how weights are stored.
 
     `layer_idx` gives the pipeline stage. `dist` is the mesh as it was when the layer was built: a
-    later `dist.setup` does not change it, so that one program can hold models on two meshes.
+    later `dist.setup` does not change it, only where `batch_to_global` puts new batches.
     """
 
     def __init__(self, layer_idx):
