@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mesh trains as one process does, and one process as it should.
+"""Each mesh trains as one process does and sends what the formulas say; one process trains right.
 
-    python -m pytest -q       all tests
-    python test_vit3d.py      the proof alone: how far each mesh is from one process, as a table
+    python -m pytest -q          all tests
+    python test_vit3d.py [16]    the proof as a table: differences, and bytes by plan and formula
 
-A test under `@in_processes(4)` or `@on_meshes(...)` runs its body on every rank of a launch, and
-asserts there. All bodies of one number of processes share one launch.
+How tests run on many processes: a test under `@on_meshes(...)` has its body run on every rank of
+each mesh. In pytest's process it is registered in BODIES. The first such test makes `launched`
+start this file again on 2, 4, 8 or 16 ranks, by train.py's own launcher. Each rank runs all bodies
+of that number of ranks in turn (`run_bodies`) and writes, line by line, what each returned or the
+traceback of its failed assertion. The test fails where its body failed on a rank. Processes start
+once for all bodies, which makes the suite fast.
 """
 
-import ctypes.util
+import contextlib
 import functools
+import io
 import itertools
 import json
 import os
@@ -26,51 +31,35 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
 os.environ["GLOG_minloglevel"] = "3"  # the engine's warnings of GPUs that are not there
-# Where the system has jemalloc, the processes that are started compile graphs in 0.6 of the time.
-os.environ.setdefault("LD_PRELOAD", ctypes.util.find_library("jemalloc") or "")
 
 import numpy as np
 import pytest
 from flowvision.models import vision_transformer
+from oneflow.framework import session_context
 from PIL import Image
 
 import train
 from vit3d import (
-    MODELS, B, Dropout, DropPath, LayerNorm, Linear, MultiheadAttention, PatchEmbedding, S,
-    TransformerLayer, VisionTransformer, batch_to_global, dist, flow, load_timm_state_dict,
-    load_weights, nn, to_timm_state_dict, whole, why_not_cuda,
+    MODELS, B, Dropout, DropPath, Linear, MultiheadAttention, S,
+    TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, draw_mesh, flow,
+    full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
 )  # fmt: skip
 
 # flowvision's own create_transform passes what its Resize warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Argument interpolation should be")
 HERE = Path(__file__).parent
-TINY = "--img-size 16 --patch-size 4 --embed-dim 32 --depth 2 --num-heads 2".split()
+FOLDER = Path(os.environ.get("VIT3D_TEST_FOLDER", "."))  # references, images, plans
 
 # 1. Tests that run on many processes --------------------------------------------------------------
 
-BODIES = {2: {}, 4: {}, 8: {}}  # number of processes -> name -> what each of them runs
+BODIES = {2: {}, 4: {}, 8: {}, 16: {}, 32: {}}  # number of processes -> name -> body
 
 
 def name_of(mesh):
     return "x".join(map(str, mesh))
 
 
-def in_processes(n):
-    """The test's body runs on each of n processes."""
-
-    def decorate(body):
-        BODIES[n][body.__name__] = body
-
-        def test(launched):
-            launched(n, body.__name__)
-
-        test.__name__ = body.__name__
-        return test
-
-    return decorate
-
-
-def on_meshes(cases):
+def on_meshes(*cases):
     """The test's body, body(mesh, *more), runs on the processes of each mesh."""
 
     def decorate(body):
@@ -89,54 +78,55 @@ def on_meshes(cases):
     return decorate
 
 
-def run_bodies(names, folder):
-    """On a rank: run the bodies; hand back, line by line, what each returned or how it failed."""
-    place = Path(folder) / f"{dist.world_size}-{dist.rank}"
-    os.dup2(os.open(place.with_suffix(".log"), os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
-    with open(place.with_suffix(".jsonl"), "w", buffering=1) as file:
+def run_bodies(names):
+    """On a rank: run the bodies; write, line by line, what each returned or how it failed."""
+    path = FOLDER / f"{dist.world_size}-{dist.rank}"
+    log = os.open(path.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    with open(path.with_suffix(".jsonl"), "w", buffering=1) as file:
         for name in names:
-            signal.alarm(200)  # ranks that wait for one another are ended
-            failed = value = None
+            signal.alarm(600 if dist.world_size > 8 else 200)  # ranks that wait for one another
+            error = value = None
             try:
                 value = BODIES[dist.world_size][name]()
             except BaseException:
-                failed = traceback.format_exc(limit=-3)
-            print(json.dumps([name, failed, value]), file=file)
+                error = traceback.format_exc(limit=-3)
+            print(json.dumps([name, error, value]), file=file)
 
 
-def start_ranks(n, folder, names):
-    """Run bodies on n processes -> {name: [(failed, value) of each rank]}."""
-    args = train.parse_arguments(["--data-parallel", str(n)])
-    command = [sys.executable, __file__, str(folder), *names]
-    train.launch(args, command)
-    seen, logs = {name: [] for name in names}, ""
+def start_ranks(n, names):
+    """Run bodies on n processes -> {name: [(error, value) of each rank]}."""
+    os.environ["GLOG_log_dir"] = str(FOLDER / f"log-{n}")  # where rank 0 writes plans
+    train.launch(n, [sys.executable, __file__, "run", *names])
+    results, logs = {name: [] for name in names}, ""
     for rank in range(n):
-        lines = (folder / f"{n}-{rank}.jsonl").read_text().splitlines()
-        for name, failed, value in map(json.loads, lines):
-            seen[name].append((failed, value))
-        logs += (folder / f"{n}-{rank}.log").read_text()[-3000:]
-    for name, ranks in seen.items():
+        lines = (FOLDER / f"{n}-{rank}.jsonl").read_text().splitlines()
+        for name, error, value in map(json.loads, lines):
+            results[name].append((error, value))
+        logs += (FOLDER / f"{n}-{rank}.log").read_text()[-3000:]
+    for name, ranks in results.items():
         if len(ranks) < n:
             ranks.append((f"{n - len(ranks)} ranks did not come to its end: {logs}", None))
-    return seen
+    return results
 
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory, request):
-    """launched(n, name): fail as the body failed on a rank; a launch runs what is collected."""
-    folder, seen = tmp_path_factory.mktemp("ranks"), {}
-    asked = {item.name for item in request.session.items}
-    make_references(folder, REFERENCES + OF_EVERYTHING)
+    """launched(n, name): fail as the body failed on a rank; a launch runs all that is collected."""
+    set_folder(tmp_path_factory.mktemp("ranks"))
+    make_references(REFERENCES + OF_EVERYTHING)
+    collected, results = {item.name for item in request.session.items}, {}
+
+    def is_collected(name):
+        test, _, case = name.partition("-")
+        return name in collected or f"{test}[{case}]" in collected
 
     def check(n, name):
-        if n not in seen:
-            names = [
-                each for each in BODIES[n]
-                if each in asked or f"{each.split('-')[0]}[{each.split('-', 1)[-1]}]" in asked
-            ]  # fmt: skip
-            seen[n] = start_ranks(n, folder, names)
-        for rank, (failed, _) in enumerate(seen[n][name]):
-            assert not failed, f"rank {rank}: {failed}"
+        if n not in results:
+            results[n] = start_ranks(n, list(filter(is_collected, BODIES[n])))
+        for rank, (error, _) in enumerate(results[n][name]):
+            assert not error, f"rank {rank}: {error}"
 
     return check
 
@@ -145,86 +135,97 @@ def launched(tmp_path_factory, request):
 
 MESHES = [m for m in itertools.product((1, 2, 4), repeat=3) if np.prod(m) in (2, 4, 8)]
 SMALL = [mesh for mesh in MESHES if max(mesh) == 2]
+LARGE = [(4, 2, 2), (2, 4, 2), (2, 2, 4), (4, 4, 2)]  # 16 and 32 processes
 MODES = "graph", "eager"
 ON = {
-    "nothing": [],
-    "dropout": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1".split(),
-    "zero": ["--shard-params"],
-    "sequence": ["--sequence-parallel"],
-    "checkpoint": ["--activation-checkpoint"],
-    "197 tokens": "--sequence-parallel --img-size 224 --patch-size 16".split(),
+    "nothing": "",
+    "dropout": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1",
+    "zero": "--shard-params",
+    "sequence": "--sequence-parallel",
+    "checkpoint": "--activation-checkpoint",
+    "197 tokens": "--sequence-parallel --img-size 224 --patch-size 16",
 }
-ON["everything"] = ON["dropout"] + ON["zero"] + ON["sequence"] + ON["checkpoint"]
-ON["everything"] += "--mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25".split()
-REFERENCES = [("nothing", depth, mode) for depth in (1, 2, 4) for mode in MODES]
-REFERENCES += [(on, 2, "graph") for on in ("dropout", "197 tokens")]
+ON["zero and sequence"] = f"{ON['zero']} {ON['sequence']}"
+ON["everything"] = " ".join([ON["dropout"], ON["zero and sequence"], ON["checkpoint"]])
+ON["everything"] += " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25"
+SAME_AS_NOTHING = "zero", "sequence", "checkpoint", "zero and sequence"
+REFERENCES = [("nothing", depth, mode, 1) for depth in (1, 2, 4) for mode in MODES]
+REFERENCES += [("dropout", 2, "graph", 1), ("197 tokens", 2, "graph", 1)]
 # In eager mode all masks are drawn from one stream: their order follows the micro-batches.
-OF_EVERYTHING = [("everything", 2, "graph")] + [("everything", 2, f"eager-{m}") for m in (1, 2, 4)]
+OF_EVERYTHING = [("everything", 2, "graph", 1)] + [("everything", 2, "eager", m) for m in (1, 2)]
+TINY = "--img-size 16 --patch-size 4 --embed-dim 32 --depth 2 --num-heads 4".split()
 
 
-def make_folder(root, per_class=dict(train=16, val=5)):
+class Trainer(train.Trainer):
+    """train.py's own, which keeps its losses and is found as `Trainer.last`."""
+
+    def __init__(self, model, args, steps):
+        super().__init__(model, args, steps)
+        for group in self.optimizer.param_groups:
+            # Adam divides by the size of the gradient. That of a key's bias is zero but for
+            # rounding, which eps 1e-8 would let become whole steps, different on each mesh.
+            group["eps"] = 1e-5
+        self.losses, Trainer.last = [], self
+
+    def step(self, images, labels):
+        loss, lr = super().step(images, labels)
+        self.losses.append(loss)
+        return loss, lr
+
+
+def run_main(*flags):
+    """Run train.py's `main` here, with all ranks of a launch; return its trainer."""
+    train.Trainer = Trainer
+    train.main(train.parse_arguments(list(map(str, flags))))
+    return Trainer.last
+
+
+def train_steps(on, depth, mode, mesh=(1, 1, 1), micro_batches=1):
+    """Train on 16 images a step by train.py -> losses, full weights, the trainer."""
+    flags = ON[on].split()
+    if mode == "eager":
+        flags = [*(flag for flag in flags if flag != "--activation-checkpoint"), "--eager"]
+    for name, size in zip(("data", "tensor", "pipeline"), mesh):
+        flags += [f"--{name}-parallel", size]
+    flags += ["--accumulation-steps", micro_batches]
+    flags += ["--micro-batch-size", 16 // mesh[0] // micro_batches]
+    flags += ["--steps", 10 if on == "everything" else 2, "--lr", 0.005, "--weight-decay", 0.5]
+    flags += ["--data", FOLDER / "images", "--workers", 1, "--num-classes", 16, "--depth", depth]
+    trainer = run_main(*TINY, *flags)
+    weights = {name: full_array(weight) for name, weight in trainer.model.named_parameters()}
+    return np.array(trainer.losses), weights, trainer
+
+
+def make_folder(root, per_class):
     """Three classes of small images that differ by colour, in ImageNet's layout."""
     rng = np.random.default_rng(0)
     for split, count in per_class.items():
         for label, i in itertools.product(range(3), range(count)):
-            place = root / split / f"class{label}"
-            place.mkdir(parents=True, exist_ok=True)
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 120, (20, 24, 3))
             pixels[..., label] += 100
-            Image.fromarray(pixels.astype("u1")).save(place / f"{i}.png")
+            Image.fromarray(pixels.astype("u1")).save(folder / f"{i}.png")
 
 
-STEPS = {"everything": 10}  # else 2
-
-
-def train_steps(on, depth, mode, mesh=(1, 1, 1), micro_batches=1):
-    """Train on 16 images a step by train.py's own parts.
-
-    Returns the losses, the whole weights and the trainer.
-    """
-    flags = [*TINY, "--lr", 0.005, "--weight-decay", 0.5]
-    flags += [*ON[on], "--accumulation-steps", micro_batches]
-    if on == "everything":
-        flags += ["--data", FOLDER / "images", "--workers", "1"]
-    if mode == "eager":
-        flags = [*(flag for flag in flags if flag != "--activation-checkpoint"), "--eager"]
-    args = train.parse_arguments(list(map(str, flags)))
-    sizes = dict(img_size=args.img_size, patch_size=args.patch_size, embed_dim=32)
-    sizes.update(depth=depth, num_heads=4)
-    dist.setup(
-        *mesh, depth, shard_params=args.shard_params, sequence_parallel=args.sequence_parallel
-    )
-    images, _ = train.data_sets(args, args.img_size)
-    model, mixup = train.build_model(args, sizes, images.num_classes)
-    trainer = train.Trainer(model, args, steps=10)
-    for group in trainer.optimizer.param_groups:
-        # Adam divides by the size of the gradient. That of a key's bias is zero but for rounding,
-        # which eps 1e-8 would let become whole steps, different on each mesh.
-        group["eps"] = 1e-5
-    flow.manual_seed(1)
-    keys = train.training_keys(len(images), 16, args, 0, STEPS.get(on, 2))
-    losses = [trainer.step(*batch)[0] for batch in train.load(images, keys, args, mixup)]
-    weights = {name: whole(weight) for name, weight in model.named_parameters()}
-    return np.array(losses), weights, trainer
-
-
-FOLDER = Path(os.environ.get("VIT3D_TEST_FOLDER", "."))  # where the ranks find the references
-
-
-def make_references(folder, references):
-    """What one process computes, which each mesh is held against."""
+def set_folder(folder):
+    """Where this process and its ranks find images and references."""
     global FOLDER
     FOLDER = folder
     os.environ["VIT3D_TEST_FOLDER"] = str(folder)
-    make_folder(folder / "images")
-    for on, depth, mode in references:
-        mode, _, micro_batches = mode.partition("-")
-        losses, weights, _ = train_steps(on, depth, mode, micro_batches=int(micro_batches or 1))
-        np.savez(folder / f"{on}-{depth}-{mode}{micro_batches}.npz", losses=losses, **weights)
+    make_folder(folder / "images", dict(train=16, val=2))
+
+
+def make_references(references):
+    """What one process computes, which each mesh is held against."""
+    for on, depth, mode, micro_batches in references:
+        losses, weights, _ = train_steps(on, depth, mode, micro_batches=micro_batches)
+        path = FOLDER / f"{on}-{depth}-{mode}-{micro_batches}.npz"
+        np.savez(path, losses=losses, **weights)
     for depth in (1, 2, 4):
         dist.setup()
-        weights = {name: whole(weight) for name, weight in new_model(depth).named_parameters()}
-        np.savez(folder / f"new-{depth}.npz", **weights)
+        weights = {name: full_array(w) for name, w in new_model(depth).named_parameters()}
+        np.savez(FOLDER / f"new-{depth}.npz", **weights)
 
 
 def new_model(depth):
@@ -234,9 +235,9 @@ def new_model(depth):
 
 def check_against_one_process(mesh, on, depth, mode, micro_batches=1):
     """Assert that this mesh trains as one process; return the largest differences."""
-    alike = {"zero": "nothing", "sequence": "nothing", "checkpoint": "nothing"}.get(on, on)
-    drawn = str(micro_batches) if on == "everything" and mode == "eager" else ""
-    want = np.load(FOLDER / f"{alike}-{depth}-{mode}{drawn}.npz")
+    reference = "nothing" if on in SAME_AS_NOTHING else on
+    parts = micro_batches if (on, mode) == ("everything", "eager") else 1
+    want = np.load(FOLDER / f"{reference}-{depth}-{mode}-{parts}.npz")
     losses, weights, _ = train_steps(on, depth, mode, mesh, micro_batches)
     of_loss = abs(losses - want["losses"]).max()
     of_weight = {name: abs(weight - want[name]).max() for name, weight in weights.items()}
@@ -246,21 +247,33 @@ def check_against_one_process(mesh, on, depth, mode, micro_batches=1):
     return float(of_loss), float(max(of_weight.values()))
 
 
-EVERYTHING = [(mesh, "graph", m) for mesh in SMALL for m in (1, 2, 4)]
-EVERYTHING += [(mesh, "eager", m) for mesh in SMALL for m in (1, 2, 4) if np.prod(mesh) == 2]
-EVERYTHING += [(mesh, "eager", 2) for mesh in SMALL if np.prod(mesh) > 2]
+EVERYTHING = [(mesh, "graph", 2) for mesh in SMALL + LARGE]
+EVERYTHING += [(mesh, "eager", 2) for mesh in SMALL]
+TESTED = [case for case in EVERYTHING if case[0] not in LARGE[1:]]
+TESTED += [((2, 2, 2), "graph", 4), ((1, 1, 2), "graph", 1), ((2, 1, 1), "eager", 1)]
 
 
-@on_meshes(EVERYTHING)
-def test_with_everything_on_ten_steps_are_those_of_one_process(mesh, mode, micro_batches):
-    return check_against_one_process(mesh, "everything", 2, mode, micro_batches)
+def with_everything_on(mesh, mode, micro_batches):
+    with the_plan() as plan:
+        depth = max(2, mesh[2])
+        differences = check_against_one_process(mesh, "everything", depth, mode, micro_batches)
+    if mode == "eager" or dist.rank > 0:
+        return [differences, None, None]
+    by_formula = bytes_by_formula(mesh, micro_batches, depth, True, True, True)
+    return [differences, bytes_by_axis(plan, mesh), by_formula]
+
+
+@on_meshes(*TESTED)
+def test_with_everything_on_ten_steps_and_all_bytes_are_those_of_one_process(mesh, mode, parts):
+    _, moved, formula = with_everything_on(mesh, mode, parts)
+    assert moved == formula, (moved, formula)
 
 
 ODD = (1, 2, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2)  # meshes that share 197 tokens, as graphs
 PLAIN = [(mesh, mode) for mesh in MESHES for mode in MODES if max(mesh) == 4]
 
 
-@on_meshes([(mesh, mode) for mesh, mode in PLAIN if mode == "eager" or mesh not in ODD])
+@on_meshes(*((mesh, mode) for mesh, mode in PLAIN if mode == "eager" or mesh not in ODD))
 def test_with_nothing_on_two_steps_are_those_of_one_process(mesh, mode):
     check_against_one_process(mesh, "nothing", mesh[2], mode)  # one block a stage
 
@@ -270,20 +283,142 @@ ALONE += [((1, 2, 1), "sequence"), ((1, 2, 2), "sequence")]
 ALONE += [(mesh, "197 tokens") for mesh in ODD]
 
 
-@on_meshes(ALONE)
+@on_meshes(*ALONE)
 def test_each_feature_alone_gives_the_steps_of_one_process(mesh, on):
     check_against_one_process(mesh, on, 2, "graph")
 
 
-@on_meshes([((2, 2, 2), "graph"), ((2, 2, 1), "eager")])
+@on_meshes(((2, 2, 2), "graph"), ((2, 2, 1), "eager"))
 def test_micro_batches_of_one_image_give_the_steps_of_one_process(mesh, mode):
     check_against_one_process(mesh, "sequence", 2, mode, micro_batches=8)
 
 
-# 3. Where what lies -------------------------------------------------------------------------------
+# 3. Every mesh moves what the formulas say --------------------------------------------------------
+
+# The engine's plan has a text for each rank. An operator copy_comm_net_N in it is a message that
+# this rank receives: from which operator and rank, how often in a step, and of what shape.
+MESSAGE = re.compile(
+    r"name : copy_comm_net_.*\n  consume : copy_in : <- \[ (\S+) \] \( actor_id: \d+ , rank: (\d+),"
+    r".*time_shape: \((.*?)\), shape: \((.*?)\)"
+)
 
 
-@on_meshes([(mesh,) for mesh in MESHES])
+@contextlib.contextmanager
+def the_plan():
+    """A list of the messages of the graphs compiled within, on rank 0 alone, which has the plan.
+
+    A message is (operator, source rank, rank, times in a step, elements). Operators that are
+    buffers between stages are in it, too, as (operator, rank, rank, 0, 0).
+    """
+    session, messages = session_context.GetDefaultSession(), []
+    session.TryInit()
+    resource = session.resource
+    resource.enable_debug_mode = True
+    session.update_resource_eagerly(resource)
+    yield messages
+    resource.enable_debug_mode = False
+    session.update_resource_eagerly(resource)
+    plans = Path(os.environ["GLOG_log_dir"]).glob("**/*_light_plan")
+    for path in plans if dist.rank == 0 else ():
+        rank, text = int(re.search(r"rank_(\d+)_light", path.name)[1]), path.read_text()
+        for operator, source, times, shape in MESSAGE.findall(text):
+            times, elements = (
+                int(np.prod(list(map(int, re.findall(r"\d+", numbers)))))
+                for numbers in (times, shape)
+            )
+            messages.append((operator, int(source), rank, times, elements))
+        for operator in re.findall(r"name : (System-Pipeline-Buffer-Op_\S+)", text):
+            messages.append((operator, rank, rank, 0, 0))
+        path.unlink()
+
+
+def bytes_by_axis(plan, mesh):
+    """Bytes that all ranks receive, by the axis along which they come. Scalars are left out."""
+    moved = dict.fromkeys(("data", "tensor", "data and tensor", "pipeline"), 0)
+    for _, source, rank, times, elements in plan:
+        pairs = zip(dist.get_coordinates(source), dist.get_coordinates(rank))
+        data, tensor, pipeline = (a != b for a, b in pairs)
+        axes = [name for name, differs in (("data", data), ("tensor", tensor)) if differs]
+        if elements > 1:
+            moved["pipeline" if pipeline else " and ".join(axes)] += 4 * times * elements
+    return moved
+
+
+def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
+    """What `bytes_by_axis` must be for the model of `train_steps`: README, 'What moves'."""
+    d, t, p = mesh
+    m, c, classes = micro_batches, 32, 16
+    x = 4 * (16 // d // m) * 17 * c  # the tokens of a micro-batch of a replica
+    moved = dict.fromkeys(("data", "tensor", "data and tensor", "pipeline"), 0)
+    moves = 8 * depth + 2 * sequence + 4 * depth * checkpoint  # checkpointing repeats the forward
+    moved["tensor"] = m * d * (t - 1) * x * moves
+    moved["pipeline"] = m * d * 2 * (p - 1) * x * (1 if sequence else t)
+    kinds = {  # of weights: elements in a block, elements outside the blocks
+        "split": (12 * c * c, 0),
+        "column bias": (7 * c, 0),
+        "norms and row biases": (6 * c, 2 * c),
+        "others": (0, 3 * 16 * c + c + c + 17 * c + classes * c + classes),
+    }
+    for kind, (in_block, outside) in kinds.items():
+        copies = 1 if kind in ("split", "column bias") else t  # that a replica holds
+        block, size = 4 * depth * in_block, 4 * (depth * in_block + outside)
+        of_tokens = sequence and t > 1 and kind == "norms and row biases"
+        if zero:  # in each micro-batch an all-gather and a reduce-scatter
+            moved["data"] += m * 2 * (d - 1) * size * copies
+            if checkpoint and kind != "column bias":  # that has no dimension left to split
+                moved["data"] += m * (d - 1) * block * copies
+            if of_tokens:  # before it an all-reduce within the replica
+                moved["tensor"] += m * d * 2 * (t - 1) * size
+        elif of_tokens:  # in each step one all-reduce over all ranks of the stage
+            moved["data"] += 2 * (d - 1) * size
+            moved["tensor"] += 2 * (t - 1) * size
+            moved["data and tensor"] += 2 * (d - 1) * (t - 1) * size
+        else:  # in each step one all-reduce over the replicas
+            moved["data"] += 2 * (d - 1) * size * copies
+    return moved
+
+
+MOVES = []
+for mesh in SMALL:
+    data, tensor, pipeline = (size > 1 for size in mesh)
+    MOVES += [(mesh, "nothing", 2)]
+    MOVES += [(mesh, "zero", 2)] * data + [(mesh, "sequence", 2)] * tensor
+    MOVES += [(mesh, "zero and sequence", 2)] * (data and tensor)
+MOVES += [(mesh, "nothing", 1) for mesh in SMALL if np.prod(mesh) == 2]
+MOVES += [((2, 1, 1), "zero", 1), ((1, 2, 1), "checkpoint", 2)]
+
+
+@on_meshes(*MOVES)
+def test_a_step_moves_the_bytes_of_the_formulas_and_trains_as_one_process(mesh, on, micro_batches):
+    with the_plan() as plan:
+        check_against_one_process(mesh, on, 2, "graph", micro_batches)
+    if dist.rank == 0:
+        flags = (word in on for word in ("zero", "sequence", "checkpoint"))
+        moved = bytes_by_axis(plan, mesh)
+        formula = bytes_by_formula(mesh, micro_batches, 2, *flags)
+        assert moved == formula, (moved, formula)
+        scalars = [4 * times for _, _, _, times, elements in plan if elements == 1]
+        assert sum(scalars) < 2000, scalars
+        buffers = any("Pipeline-Buffer" in operator for operator, *_ in plan)
+        assert buffers == (mesh[2] > 1 and micro_batches > 1)
+
+
+@on_meshes(((1, 1, 2),))
+def test_without_stage_ids_there_are_no_buffers_between_stages(mesh):
+    set_stage_ids = VisionTransformer.set_pipeline_stage_id
+    try:
+        VisionTransformer.set_pipeline_stage_id = staticmethod(lambda model: None)
+        with the_plan() as plan:
+            train_steps("nothing", 2, "graph", mesh, micro_batches=2)
+    finally:
+        VisionTransformer.set_pipeline_stage_id = staticmethod(set_stage_ids)
+    assert not any("Pipeline-Buffer" in operator for operator, *_ in plan)
+
+
+# 4. Where what lies -------------------------------------------------------------------------------
+
+
+@on_meshes(*((mesh,) for mesh in MESHES))
 def test_each_rank_holds_its_slice_of_the_layers_of_its_stage_and_nothing_else(mesh):
     data, tensor, stages = mesh
     dist.setup(*mesh, stages)
@@ -304,36 +439,15 @@ def test_each_rank_holds_its_slice_of_the_layers_of_its_stage_and_nothing_else(m
         assert np.array_equal(part, want), name
 
 
-@on_meshes([((2, 1, 1),), ((2, 2, 1),)])
-def test_sharded_weights_and_moments_lie_split_over_the_replicas_too(mesh):
-    plain = train_steps("nothing", mesh[2], "eager", mesh)[-1]
-    sharded = train_steps("zero", mesh[2], "eager", mesh)[-1]
-    there = plain.optimizer.tensors(plain.model, None)
-    for name, tensor in sharded.optimizer.tensors(sharded.model, None).items():
-        # The bias of a column-parallel layer has no dimension left to split.
-        parts = 1 if name.endswith(("value.bias", "h_to_4h.bias")) else mesh[0]
-        assert tensor.to_local().numel() * parts == there[name].to_local().numel(), name
-
-
-@in_processes(4)
-def test_with_sequence_parallelism_a_rank_holds_its_tokens_between_layers():
-    dist.setup(2, 2, 1, sequence_parallel=True)
-    model = VisionTransformer(16, 4, 3, 32, 1, 4, num_classes=10)
-    images = batch_to_global(np.zeros((3, 3, 16, 16), "f4"), 0)
-    hidden = model.forward_features(images)  # 17 tokens over 2 ranks
-    _, _, shard = dist.get_coordinates()
-    assert tuple(hidden.shape) == (6, 17, 32)
-    assert tuple(hidden.to_local().shape) == (3, (9, 8)[shard], 32)
-
-
-@in_processes(4)
-def test_blocks_lie_on_the_stages_that_were_asked_for():
+@on_meshes(((1, 1, 4),))
+def test_blocks_lie_on_the_stages_that_were_asked_for(mesh):
     for stage_ids, layers, want in (
         (None, 8, [0, 0, 1, 1, 2, 2, 3, 3]),
         (None, 6, [0, 1, 2, 2, 3, 3]),
         ([0, 1, 1, 1, 2, 3], 6, [0, 1, 1, 1, 2, 3]),
     ):
-        dist.setup(1, 1, 4, layers, stage_ids)
+        dist.setup(*mesh, layers)
+        dist.layer_stage_ids = stage_ids or dist.layer_stage_ids
         model = VisionTransformer(8, 4, 3, 8, layers, 2, num_classes=3)
         assert [dist.get_layer_stage_id(i) for i in range(layers)] == want
         holds = [block.mlp.dense_4h_to_h.bias.to_local().numel() > 0 for block in model.blocks]
@@ -349,8 +463,6 @@ def test_blocks_lie_on_the_stages_that_were_asked_for():
     for name, stage in {"cls_token": 0, "pos_embed": 0}.items():
         assert graph.model._parameters[name].to(nn.graph.GraphTensor).stage_id == stage
     assert inner._parameters["weight"].to(nn.graph.GraphTensor).stage_id == 2
-    drawn = str(dist).splitlines()
-    assert drawn[1].split("  ")[-1].strip() == "stage 3: blocks 5-5" and drawn[-1].endswith("3")
 
 
 KEPT = []  # the engine aborts where a graph ends while a rank still reads from another
@@ -370,26 +482,32 @@ def forward_graph(model):
     return KEPT[-1]
 
 
-@in_processes(2)
-def test_processes_are_replicas_until_a_mesh_is_laid_out():
-    here = type(dist)()
-    assert str(here).startswith("data 2 x tensor 1 x pipeline 1 = 2 processes, cpu (no GPU here)")
+@on_meshes(((2, 2, 2),))
+def test_the_picture_of_the_mesh_shows_which_ranks_are_a_replica_of_which_stage(mesh):
+    dist.setup(*mesh, 4)
+    assert draw_mesh(dist).splitlines() == [
+        "data 2 x tensor 2 x pipeline 2, cpu (0 GPUs)",
+        "stage 0: blocks [0, 1], ranks [[0, 1], [2, 3]]",
+        "stage 1: blocks [2, 3], ranks [[4, 5], [6, 7]]",
+    ]
+    assert dist.get_coordinates() == (dist.rank // 2 % 2, dist.rank % 2, dist.rank // 4)
+    assert type(dist)().ranks.shape == (8, 1, 1)  # replicas, until a mesh is laid out
 
 
-@in_processes(2)
-def test_a_layer_keeps_the_mesh_that_it_was_built_on():
-    x = np.random.default_rng(0).standard_normal((4, 3, 6)).astype("f4")
-    dist.setup(1, 2, 1)
+@on_meshes(((1, 2, 1),))
+def test_a_layer_keeps_the_mesh_that_it_was_built_on(mesh):
+    array = np.random.default_rng(0).standard_normal((4, 3, 6)).astype("f4")
+    dist.setup(*mesh)
     layer = Linear(6, 4, parallel="col")
-    here = batch_to_global(x, 0)
-    before = layer(here)  # its features are split
+    x = batch_to_global(array, 0)
+    before = layer(x)  # its features are split
     dist.setup(2, 1, 1)
-    after = layer(here)
+    after = layer(x)
     assert before.sbp == after.sbp == (S(2),)
-    assert np.array_equal(whole(before), whole(after))
+    assert np.array_equal(full_array(before), full_array(after))
 
 
-# 4. Layers and models -----------------------------------------------------------------------------
+# 5. Layers and models -----------------------------------------------------------------------------
 
 
 def images_and_labels(n, size, classes):
@@ -399,33 +517,33 @@ def images_and_labels(n, size, classes):
 
 def share_of(array):
     """This replica's share of a batch."""
-    return np.split(array, dist.data_parallel_size)[dist.get_data_parallel_rank()]
+    return np.split(array, dist.data_parallel_size)[dist.get_coordinates()[0]]
 
 
-@in_processes(4)
-def test_parallel_linear_computes_what_numpy_computes_forward_and_backward():
-    dist.setup(2, 2, 1)
+@on_meshes(((2, 2, 1),))
+def test_parallel_linear_computes_what_numpy_computes_forward_and_backward(mesh):
+    dist.setup(*mesh)
     replica, shard = dist.rank // 2, dist.rank % 2
     for parallel in ("col", "row", "data"):
         layer = Linear(6, 4, parallel=parallel)
         x = np.random.default_rng(0).standard_normal((8, 3, 6)).astype("f4")
-        here = batch_to_global(share_of(x), 0).requires_grad_()
-        y = layer(here)
+        share = batch_to_global(share_of(x), 0).requires_grad_()
+        y = layer(share)
         (y * y).sum().backward()
-        w, b = whole(layer.weight), whole(layer.bias)
+        w, b = full_array(layer.weight), full_array(layer.bias)
         want = x @ w.T + b
         part = want[replica * 4 :][:4]
         part = part[..., shard * 2 :][..., :2] if parallel == "col" else part
         np.testing.assert_allclose(y.to_local().numpy(), part, atol=1e-6)
-        np.testing.assert_allclose(whole(here.grad), 2 * want @ w, atol=1e-6)
+        np.testing.assert_allclose(full_array(share.grad), 2 * want @ w, atol=1e-6)
         dw = np.einsum("bno,bni->oi", 2 * want, x)
-        np.testing.assert_allclose(whole(layer.weight.grad), dw, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(full_array(layer.weight.grad), dw, rtol=1e-5, atol=1e-6)
         db = (2 * want).sum((0, 1))
-        np.testing.assert_allclose(whole(layer.bias.grad), db, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(full_array(layer.bias.grad), db, rtol=1e-5, atol=1e-6)
 
 
-@in_processes(4)
-def test_dropout_masks_are_the_same_on_any_sbp_and_differ_by_layer_and_step():
+@on_meshes(((2, 2, 1),))
+def test_dropout_masks_are_the_same_on_any_sbp_and_differ_by_layer_and_step(mesh):
     class Drops(nn.Module):
         def __init__(self):
             super().__init__()
@@ -434,89 +552,42 @@ def test_dropout_masks_are_the_same_on_any_sbp_and_differ_by_layer_and_step():
         def forward(self, x):
             return self.first(x), self.second(x), self.path(x)
 
-    dist.setup(2, 2, 1)
+    dist.setup(*mesh)
     placement = dist.get_layer_placement(0)
     for make in (Drops, lambda: forward_graph(Drops())):
         masks = []
         for sbp in ([B, B], [S(0), B], [S(0), S(1)], [S(0), S(2)]):
             flow.manual_seed(3)
-            drops, seen = make(), []
-            for _ in range(2):
-                seen += map(whole, drops(flow.ones(8, 17, 16, sbp=sbp, placement=placement)))
-            masks.append(seen)
-        for seen in masks:
-            assert all(np.array_equal(a, b) for a, b in zip(seen, masks[0]))  # on any sbp
-        assert len({mask.tobytes() for mask in seen}) == 6
-        for mask in seen:
-            assert set(np.unique(mask)) == {0.0, 2.0}
-        for path in (seen[2], seen[5]):
+            drops, ones = make(), flow.ones(8, 17, 16, sbp=sbp, placement=placement)
+            masks.append([full_array(mask) for _ in range(2) for mask in drops(ones)])
+        for drawn in masks:
+            assert all(np.array_equal(a, b) for a, b in zip(drawn, masks[0]))  # on any sbp
+        assert len({mask.tobytes() for mask in drawn}) == 6
+        assert all(set(np.unique(mask)) == {0.0, 2.0} for mask in drawn)
+        for path in (drawn[2], drawn[5]):
             assert np.array_equal(path, np.broadcast_to(path[:, :1, :1], path.shape))
-        assert all(abs(mask.mean() - 1) < 0.1 for mask in (seen[0], seen[1], seen[3], seen[4]))
 
 
-class AsInTheReference(nn.Module):
-    """A small model in the way of LiBai's tutorial, its own parameters and initialization too."""
-
-    def __init__(self, width=8, depth=2, num_classes=3):
-        super().__init__()
-        self.patch_embed = PatchEmbedding(img_size=8, patch_size=4, in_chans=3, embed_dim=width)
-        sbp = dist.get_nd_sbp([flow.sbp.broadcast, flow.sbp.broadcast])
-        where = dict(sbp=sbp, placement=dist.get_layer_placement(0))
-        self.cls_token = nn.Parameter(flow.zeros(1, 1, width, **where))
-        positions = self.patch_embed.num_patches + 1
-        self.pos_embed = nn.Parameter(flow.zeros(1, positions, width, **where))
-        self.pos_drop = nn.Dropout(p=0.0)
-        self.blocks = nn.Sequential(
-            *[
-                TransformerLayer(
-                    hidden_size=width, ffn_hidden_size=4 * width, num_attention_heads=2,
-                    attention_dropout_prob=0.0, output_dropout_prob=0.0, drop_path_prob=0.0,
-                    layer_idx=i,
-                )
-                for i in range(depth)
-            ]
-        )
-        self.norm = LayerNorm(width, layer_idx=-1)
-        self.head = Linear(width, num_classes, layer_idx=-1)
-        self.loss_func = nn.CrossEntropyLoss()
-
-    def forward(self, images, labels=None):
-        x = self.patch_embed(images)
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        cls_token = cls_token.to_global(sbp=x.sbp, placement=cls_token.placement)
-        x = flow.cat((cls_token, x), dim=1)
-        pos_embed = self.pos_embed.expand(x.shape[0], -1, -1)
-        x = x + pos_embed.to_global(sbp=x.sbp, placement=pos_embed.placement)
-        x = self.head(self.norm(self.blocks(self.pos_drop(x)))[:, 0])
-        if labels is not None and self.training:
-            return {"losses": self.loss_func(x, labels)}
-        return {"prediction_scores": x}
+def test_layers_take_libais_arguments_and_the_model_has_libais_names():
+    dist.setup()
+    layer = TransformerLayer(
+        hidden_size=8, ffn_hidden_size=32, num_attention_heads=2, attention_dropout_prob=0.0,
+        output_dropout_prob=0.0, drop_path_prob=0.0, layer_idx=0,
+    )
+    assert layer.input_layernorm.eps == 1e-5
+    names = ["input_layernorm", "self_attention.query_key_value", "self_attention.dense"]
+    names += ["post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
+    names = ["patch_embed.proj", *(f"blocks.0.{name}" for name in names), "norm", "head"]
+    names = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    model = VisionTransformer(depth=1)
+    assert model.state_dict().keys() == names | {"cls_token", "pos_embed"}
+    assert model.norm.eps == 1e-5 and Linear(4, 4, bias=False, layer_idx=-1).bias is None
 
 
-@in_processes(4)
-def test_a_model_written_as_in_the_reference_runs_and_loads_libai_names_strictly():
-    scores = []
-    for mesh in ((2, 2, 1), (2, 1, 2), (1, 2, 2)):
-        dist.setup(*mesh, pipeline_num_layers=2)
-        theirs, ours = AsInTheReference(), VisionTransformer(8, 4, 3, 8, 2, 2, num_classes=3)
-        state = {}
-        for name, value in ours.state_dict().items():
-            array = np.random.default_rng(len(name)).standard_normal(value.shape, "f4")
-            state[name] = flow.tensor(array).to_global(placement=dist.get_world_placement(), sbp=B)
-        ours.load_state_dict(state, strict=True)
-        theirs.load_state_dict(state, strict=True)
-        images, labels = map(share_of, images_and_labels(8, 8, 3))
-        batch = batch_to_global(images, 0), batch_to_global(labels, -1)
-        losses = [whole(model.train()(*batch)["losses"]) for model in (ours, theirs)]
-        np.testing.assert_allclose(losses[0], losses[1], atol=1e-6)
-        scores.append(whole(ours.eval()(*batch)["prediction_scores"]))
-        scores.append(whole(forward_graph(theirs.eval())(*batch)["prediction_scores"]))
-    for each in scores:
-        np.testing.assert_allclose(each, scores[0], atol=1e-5)
-
-
-def logits_beside_flowvision(size):
-    """Our logits must be those of flowvision's model, whose weights go in and come back."""
+@on_meshes(((1, 2, 2), False), ((2, 2, 1), True))
+def test_logits_are_flowvisions_with_its_weights_which_come_back_exactly(mesh, sequence):
+    dist.setup(*mesh, pipeline_num_layers=4, sequence_parallel=sequence)
+    size = dict(patch_size=32, embed_dim=64, depth=4, num_heads=4)
     flow.manual_seed(0)
     theirs = vision_transformer.VisionTransformer(**size).eval()
     rng = np.random.default_rng(0)  # not the initial values: zero biases and a zero head hide much
@@ -530,7 +601,7 @@ def logits_beside_flowvision(size):
     images, _ = images_and_labels(2, 224, 1)
     with flow.no_grad():
         want = theirs(flow.tensor(images)).numpy()
-        got = whole(ours(batch_to_global(share_of(images), 0))["prediction_scores"])
+        got = full_array(ours(batch_to_global(share_of(images), 0))["prediction_scores"])
     assert abs(want).max() > 1
     np.testing.assert_allclose(got, want, atol=1e-4)
     back = to_timm_state_dict(ours)
@@ -538,107 +609,83 @@ def logits_beside_flowvision(size):
     assert all(np.array_equal(back[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
-def test_logits_are_flowvisions_with_its_weights_which_come_back_exactly(name):
-    dist.setup()
-    logits_beside_flowvision(MODELS[name])
-
-
-@in_processes(4)
-def test_logits_on_a_mesh_are_flowvisions_with_its_weights_which_come_back_exactly():
-    for mesh in ((1, 2, 2), (2, 2, 1)):
-        dist.setup(*mesh, pipeline_num_layers=4, sequence_parallel=mesh == (2, 2, 1))
-        logits_beside_flowvision(dict(patch_size=32, embed_dim=64, depth=4, num_heads=4))
-    dist.setup(1, 2, 2, pipeline_num_layers=4)
-    with pytest.raises(ValueError, match="depth 3 must be the pipeline_num_layers of .*, 4"):
-        VisionTransformer(depth=3)
-
-
 def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
     dist.setup()
     size = dict(patch_size=4, embed_dim=8, depth=1, num_heads=2)
     small = VisionTransformer(img_size=16, num_classes=3, **size)
     large = VisionTransformer(img_size=32, num_classes=5, **size)
-    state, head = to_timm_state_dict(small), whole(large.head.weight)
-    state["pos_embed"][0, 1:] = np.arange(4.0).repeat(4)[:, None]  # rises by row
-    with pytest.raises(ValueError, match=r"head.weight has shape \(3, 8\), in the model \(5, 8\)"):
+    state, head = to_timm_state_dict(small), full_array(large.head.weight)
+    state["pos_embed"][0, 1:] = (np.arange(4.0) ** 2).repeat(4)[:, None]  # rises by row
+    with pytest.raises(UsageError, match=r"head.* has shape \(3.*\), in the model \(5"):
         load_timm_state_dict(large, state)
     load_timm_state_dict(large, state, keep_head=True)
-    assert np.array_equal(whole(large.head.weight), head)
-    grid = whole(large.pos_embed)[0, 1:].reshape(8, 8, 8)
-    assert np.allclose(grid[:, :1], grid) and (np.diff(grid[:, 0, 0]) > 0).all()
-    assert np.allclose(grid[2:6, 0, 0], [0.75, 1.25, 1.75, 2.25], atol=0.05)
-    assert np.array_equal(whole(large.pos_embed)[0, 0], state["pos_embed"][0, 0])
+    assert np.array_equal(full_array(large.head.weight), head)
+    grid = full_array(large.pos_embed)[0, 1:].reshape(8, 8, 8)
+    assert np.allclose(grid[:, :1], grid)
+    cubic = np.array([-9, 29, 111, -3]) / 128  # a quarter before a point, a = -1/2
+    assert np.allclose(grid[4, 0, 0], cubic @ [0, 1, 4, 9])
+    assert np.array_equal(full_array(large.pos_embed)[0, 0], state["pos_embed"][0, 0])
     state["blocks.0.attn.odd"] = state.pop("norm.bias")
-    with pytest.raises(ValueError, match="odd is not in the model; .*norm.bias is missing"):
+    with pytest.raises(UsageError, match="odd is not in the model; .*norm.bias is missing"):
         load_timm_state_dict(small, state)
-    state["pos_embed"] = state["pos_embed"][:, :16]
-    with pytest.raises(ValueError, match="16 tokens, which must be a class token and a square"):
-        load_timm_state_dict(large, state)
 
 
 def test_cuda_is_the_choice_only_where_its_code_runs_and_each_process_has_a_gpu(monkeypatch):
-    for gpus, device_type in (
-        ([(8, 6)], "cuda"), ([(8, 0)] * 8, "cuda"), ([(9, 0)], "cpu"), ([(5, 2)] * 8, "cpu"),
-    ):  # fmt: skip
+    for gpus, processes, reason in (
+        ([(6, 0), (8, 9)], 2, ""),
+        ([(8, 0), (9, 0)], 2, "compute capability 9.0 is not in 6.0 to 8.9"),
+        ([(5, 2)], 1, "compute capability 5.2 is not in 6.0 to 8.9"),
+        ([(8, 0)], 8, "1 GPUs"),
+    ):
         monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
         monkeypatch.setattr(flow.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: gpus[gpu])
+        assert why_not_cuda(processes) == reason
         dist.setup()
-        assert (dist.device_type, bool(dist.no_cuda)) == (device_type, device_type == "cpu")
-    assert why_not_cuda([(8, 0)] * 8, 8) == why_not_cuda([(6, 0), (8, 9)], 2) == ""
-    assert why_not_cuda([(8, 9)], 1) == ""
-    assert why_not_cuda([], 1) == "no GPU here"
-    assert why_not_cuda([(8, 0)], 8) == "GPUs: 1, processes: 8"
-    assert "9.0 is not in 6.0 to 8.9" in why_not_cuda([(9, 0)] * 8, 8)
-    assert why_not_cuda([(5, 2)], 1) and why_not_cuda([(8, 0), (12, 0)], 2)
+        assert dist.device_type == ("cpu" if why_not_cuda(1) else "cuda")
 
 
-def test_the_module_raises_value_errors():
+def check_usage_errors(cases):
+    for call, message in cases:
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+def test_the_module_raises_usage_errors():
     dist.setup()
     model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
     nine = flow.zeros(1, 3, 9, 9, placement=dist.get_layer_placement(0), sbp=[B])
-    for call, message in (
+    check_usage_errors([
         (lambda: dist.setup(2), "2 x 1 x 1 = 2 must be the number of processes, 1"),
         (lambda: dist.setup(0), "each at least 1"),
         (lambda: dist.setup(device_type="tpu"), "'tpu' must be 'cpu' or 'cuda'"),
-        (lambda: dist.setup(device_type="cuda"), "'cuda' cannot run, take 'cpu': no GPU here"),
-        (lambda: dist.setup(1, 1, 1, 2, [0]), "name 1 layers, the model has 2"),
-        (lambda: dist.setup(1, 1, 1, 2, [0, 1]), "must rise from 0 to 0 and leave out none"),
+        (lambda: dist.setup(device_type="cuda"), "'cuda' cannot run, take 'cpu': 0 GPUs"),
         (lambda: Linear(4, 4, parallel="diagonal"), "'data', 'col' or 'row'"),
         (lambda: MultiheadAttention(8, 3), "3 heads do not divide 8 features"),
         (lambda: Dropout(1.0), r"must lie in \[0, 1\)"),
         (lambda: VisionTransformer(img_size=30), "patches of side 16 do not divide"),
         (lambda: model(nine), "images of 9 x 9, the model takes 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    ])  # fmt: skip
 
 
-@in_processes(2)
-def test_a_mesh_that_does_not_fit_is_a_value_error_on_every_rank():
-    for arguments, message in (
-        ((1, 1, 2, 1), "1 layers are too few for 2 stages"),
-        ((1, 1, 2), "pipeline_num_layers must be given"),
-        ((1, 1, 2, 4, [0, 1, 1]), "name 3 layers, the model has 4"),
-        ((1, 1, 2, 4, [0, 1, 0, 1]), r"\[0, 1, 0, 1\] must rise from 0 to 1"),
-        ((1, 1, 2, 4, [0, 0, 0, 2]), "must rise from 0 to 1 and leave out none"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dist.setup(*arguments)
-    dist.setup(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="layer_idx 4 must be one of the 4 layers of the pipeline"):
-        Linear(4, 4, layer_idx=4)
+@on_meshes(((1, 1, 2),))
+def test_a_mesh_that_does_not_fit_is_a_usage_error_on_every_rank(mesh):
+    stages = "pipeline_num_layers [01] is below the 2 stages"
+    calls = lambda: dist.setup(*mesh, 1), lambda: dist.setup(*mesh)
+    check_usage_errors([(call, stages) for call in calls])
+    dist.setup(*mesh, 4)
+    check_usage_errors([
+        (lambda: Linear(4, 4, layer_idx=4), "layer_idx 4 must be one of the 4 layers"),
+        (lambda: VisionTransformer(depth=3), "depth 3 must be the pipeline_num_layers of .*, 4"),
+    ])  # fmt: skip
     dist.setup(1, 2, 1)
-    for call, message in (
+    check_usage_errors([
         (lambda: Linear(4, 65, parallel="col"), "2 tensor-parallel ranks do not divide 65"),
         (lambda: MultiheadAttention(60, 5), "2 tensor-parallel ranks do not divide 5 heads"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    ])  # fmt: skip
 
 
-# 5. One process trains as it should ---------------------------------------------------------------
+# 6. One process trains as it should ---------------------------------------------------------------
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2)
 PIXELS = np.random.default_rng(0).standard_normal((128, 3, 16, 16)).astype("f4")
@@ -647,23 +694,24 @@ PAPERS = dict(  # width, depth, MLP, heads, millions of parameters
     tiny=(192, 12, 768, 3, 5.7), small=(384, 12, 1536, 6, 22), base=(768, 12, 3072, 12, 86),
     large=(1024, 24, 4096, 16, 307), huge=(1280, 32, 5120, 16, 632),
     giant=(1408, 40, 6144, 16, 1011), gigantic=(1664, 48, 8192, 16, 1843))  # fmt: skip
-close, same, about = np.testing.assert_allclose, np.array_equal, pytest.approx
 
 
-def built(flags="", spread=0.0):
-    """Arguments, a model with noise on all weights, as zeros hide much, and Mixup or None."""
-    args, rng = train.parse_arguments(flags.split()), np.random.default_rng(0)
+def small_model(spread=0.0, **options):
+    """A model with noise on all weights, as zeros hide much."""
     dist.setup()
-    model, mixup = train.build_model(args, SIZES, 10)
-    load_weights(model, {k: w + rng.normal(0, spread, w.shape) for k, w in held(model).items()})
-    return args, model, mixup
+    flow.manual_seed(0)
+    model, rng = VisionTransformer(**SIZES, num_classes=10, **options), np.random.default_rng(0)
+    weights = full_weights(model).items()
+    load_weights(model, {k: w + rng.normal(0, spread, w.shape) for k, w in weights})
+    return model
 
 
-def held(model, gradients=False):
-    tensors = {k: w.grad if gradients else w for k, w in model.named_parameters()}
-    flat = flow.cat([tensor.to_local().flatten() for tensor in tensors.values()]).numpy()
-    parts = np.split(flat.astype(float), np.cumsum([t.numel() for t in tensors.values()]))
-    return {k: part.reshape(t.shape) for (k, t), part in zip(tensors.items(), parts)}
+def full_weights(model):
+    return {name: full_array(w).astype(float) for name, w in model.named_parameters()}
+
+
+def full_gradients(model):
+    return {name: full_array(w.grad).astype(float) for name, w in model.named_parameters()}
 
 
 @pytest.mark.parametrize("mode", ["", "--eager"], ids=["graph", "eager"])
@@ -672,162 +720,156 @@ def test_each_step_is_adamw_in_numpy_at_the_rate_of_warm_up_then_cosine(mode, cl
     """The low limit brings gradients down to Adam's eps; else eps is raised to their size."""
     flags = f"--lr 0.01 --weight-decay 0.5 --clip-grad {clip} --accumulation-steps {parts} {mode}"
     flags += f" --warmup-steps {warmup}" if warmup != 2 else ""  # a tenth
-    (args, model, _), (_, twin, _) = built(flags, 0.1), built("", 0.1)
-    trainer, eps = train.Trainer(model, args, 20), 1e-8 if clip == 1e-6 else 1e-2
+    model, twin = small_model(0.1), small_model(0.1)
+    trainer = train.Trainer(model, train.parse_arguments(flags.split()), 20)
+    eps = 1e-8 if clip == 1e-6 else 1e-2
     for group in trainer.optimizer.param_groups:
-        group["eps"] *= eps / 1e-8
-    now, m, v = held(model), dict.fromkeys(held(model), 0.0), dict.fromkeys(held(model), 0.0)
+        group["eps"] = eps
+    now = full_weights(model)
+    m, v = dict.fromkeys(now, 0.0), dict.fromkeys(now, 0.0)
     for i in range(1, 21):
         lr = 0.005 + 0.005 * np.cos(np.pi * (i - 1 - warmup) / (20 - warmup))
-        lr = 0.01 * (warmup + (warmup - 1) * (i - 1)) / warmup**2 if i <= warmup else lr
+        if i <= warmup:
+            lr = 0.01 * (warmup + (warmup - 1) * (i - 1)) / warmup**2
         images, labels = PIXELS[4 * i :][:4], np.arange(i, i + 4) % 10
         batch = batch_to_global(images, 0), batch_to_global(labels, -1)
         load_weights(twin, now)
         twin.zero_grad()
         loss = twin(*batch)["losses"]
         loss.backward()
-        value, seen = trainer.step(images, labels)
-        assert (value, seen["lr"]) == (about(whole(loss), abs=1e-5), about(lr))
-        before, now, found = now, held(model), held(twin, gradients=True)
-        norm = np.sqrt(sum((g**2).sum() for g in found.values()))
-        for k, g in found.items():
+        got = trainer.step(images, labels)
+        assert got == (pytest.approx(full_array(loss), abs=1e-5), pytest.approx(lr))
+        before, now, gradients = now, full_weights(model), full_gradients(twin)
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        for k, g in gradients.items():
             g = g * min(1, clip / norm) if clip else g
             m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.999 * v[k] + 0.001 * g**2
             move = m[k] / (1 - 0.9**i) / (np.sqrt(v[k] / (1 - 0.999**i)) + eps)
             decay = 0 if "bias" in k or "norm" in k or k in ("cls_token", "pos_embed") else 0.5
-            close(now[k], before[k] - lr * (move + decay * before[k]), rtol=0, atol=1e-6)
+            want = before[k] - lr * (move + decay * before[k])
+            np.testing.assert_allclose(now[k], want, rtol=0, atol=1e-6)
     assert not trainer.graph or trainer.graph(*batch).numel() == parts  # a loss for each part
 
 
 def test_each_dropout_drops_its_share_in_its_place():
-    _, model, _ = built("--drop-rate 0.1 --attn-drop-rate 0.2 --drop-path-rate 0.6", 0.1)
+    model = small_model(0.1, drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.6)
     drops = {k: (part, []) for k, part in model.named_modules() if isinstance(part, Dropout)}
     for part, calls in drops.values():
-        part.register_forward_hook(lambda _, x, y, to=calls: to.append((whole(x[0]), whole(y))))
+        part.register_forward_hook(
+            lambda _, x, y, calls=calls: calls.append((full_array(x[0]), full_array(y)))
+        )
     model.train()(batch_to_global(PIXELS, 0))
-    for k, (part, calls) in drops.items():
-        rate = 0.3 * int(k[7]) if "path" in k else 0.2 if k.endswith("attention.dropout") else 0.1
-        assert part.p == about(rate) and calls  # of the path: 0, 0.3 and 0.6 in blocks 0, 1 and 2
+    for name, (part, calls) in drops.items():
+        rate = 0.2 if name.endswith("attention.dropout") else 0.1
+        if "path" in name:  # 0, 0.3 and 0.6 in blocks 0, 1 and 2
+            rate = 0.3 * int(name[7])
+        assert part.p == pytest.approx(rate) and calls
         for x, y in calls:
-            kept = (y != 0).any((1, 2), keepdims=True) if "path" in k else y != 0
-            close(y, kept * x / (1 - rate), rtol=1e-5)
+            kept = (y != 0).any((1, 2), keepdims=True) if "path" in name else y != 0
+            np.testing.assert_allclose(y, kept * x / (1 - rate), rtol=1e-5)
             assert abs(kept.mean() - 1 + rate) <= 4 * np.sqrt(rate * (1 - rate) / kept.size)
     path, attention, output, mlp = (calls for k, (_, calls) in drops.items() if ".1." in k)
-    assert same(path[0][0], output[0][1]) and same(path[1][0], mlp[0][1])
-    assert attention[0][0].sum(-1) == about(np.ones((128, 2, 17)))
+    assert np.array_equal(path[0][0], output[0][1]) and np.array_equal(path[1][0], mlp[0][1])
+    np.testing.assert_allclose(attention[0][0].sum(-1), 1, rtol=1e-5)
 
 
-def test_mixup_and_cutmix_give_neighbours_and_their_labels_the_same_share():
-    def mixed(flags, size=8, epoch=0):
-        """256 images and one-hot labels in pairs, (128, 2, ...), and what `load` makes of both."""
-        args, _, mixup = built(flags)
-        keys = [[(epoch, i) for i in part] for part in np.arange(256).reshape(-1, size).tolist()]
-        data, hot = train.SyntheticImages("train", 256, 10, 16, 0), np.resize(np.eye(10), (256, 10))
-        got, labels = (np.concatenate(part) for part in zip(*train.load(data, keys, args, mixup)))
-        clean = np.stack([data.image(i, 0) for i in range(256)])
-        return [array.reshape(128, 2, *array.shape[1:]) for array in (clean, hot, got, labels)]
+def test_mixup_mixes_neighbours_and_their_labels_by_seed_epoch_and_index():
+    data = train.SyntheticImages("train", 64, 10, 16, 0)
+    clean = np.stack([data[0, i][1] for i in range(64)])
 
-    flags = "--mixup 0.4 --cutmix 100 --label-smoothing 0.2"
-    clean, hot, got, labels = mixed(flags)
-    share = ((labels - 0.02) / 0.8 * hot).sum((1, 2), keepdims=True) / 2
-    close(labels, 0.8 * (share * hot + (1 - share) * hot[:, ::-1]) + 0.2 / 10, atol=1e-6)
-    pasted = (got == clean[:, ::-1]).all(2)
-    cut = pasted.any((1, 2, 3))
-    assert same((got == clean).all(2)[cut], ~pasted[cut]) and same(pasted[:, 0], pasted[:, 1])
-    sides = np.array([np.ptp(np.argwhere(mask), 0) + 1 for mask in pasted[cut, 0]])
-    assert same(sides.prod(1), pasted[cut, 0].sum((1, 2))) and cut.mean() == about(0.5, abs=0.15)
-    close(share[cut, 0, 0], 1 - sides.prod(1) / 256, atol=1e-6)
-    assert 10 <= sides.max() <= 12  # Beta(100, 100) is close to 1 / 2: 16 sqrt(1 / 2) is 11.3
-    assert share[~cut].var() == about(0.25 / (2 * 0.4 + 1), rel=0.25)  # Beta(0.4, 0.4) is wide
-    blend = share[..., None, None] * (clean - clean[:, ::-1]) + clean[:, ::-1]
-    close(got[~cut], blend[~cut], atol=1e-5)
-    assert same(mixed(flags, size=2)[2], got)
-    moved = [got != mixed(flags, epoch=1)[2], got != mixed(f"{flags} --seed 1")[2]]
-    moved += [clean != mixed(alone)[2] for alone in ("--mixup 1", "--cutmix 1")]
-    assert min(each.any((1, 2, 3, 4)).mean() for each in moved) > 0.9
-    (_, _, smooth, labels), (_, _, plain, classes) = mixed("--label-smoothing 0.2"), mixed("")
-    close(labels, 0.8 * hot + 0.2 / 10, atol=1e-6)
-    assert same(smooth, clean) and same(plain, clean) and same(classes, hot.argmax(-1))
+    def mixed(flags="", size=8, epoch=0):
+        """64 images and their labels, as `load_batches` gives them."""
+        args = train.parse_arguments(flags.split())
+        mixup = train.Mixup(1.0, label_smoothing=0.2, num_classes=10)
+        keys = [[(epoch, i) for i in part] for part in np.arange(64).reshape(-1, size).tolist()]
+        batches = train.load_batches(data, keys, args, mixup)
+        return [np.concatenate(part) for part in zip(*batches)]
+
+    images, labels = mixed()
+    one_hot = np.eye(10)[data.targets]
+    share = ((labels - 0.02) / 0.8 * one_hot).sum(1)  # of the own image and class
+    neighbour = np.arange(64) ^ 1
+    for mix, own in ((labels.T, (0.8 * one_hot + 0.02).T), (images.T, clean.T)):
+        np.testing.assert_allclose(mix, share * own + (1 - share) * own[..., neighbour], atol=1e-5)
+    assert share.std() > 0.1 and np.array_equal(mixed(size=2)[0], images)
+    assert (mixed(epoch=1)[0] != images).any() and (mixed("--seed 1")[0] != images).any()
 
 
-@pytest.fixture
-def sets(tmp_path):
-    """sets(flags): train and val of bee/0.png, grey, and wasp/{1,2}.png, two equal ramps."""
+def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tmp_path):
+    make_folder(tmp_path, dict(train=4, val=1))
+    common = [*TINY, "--data", tmp_path, "--micro-batch-size", 12, "--steps", 2, "--eager"]
+    common += ["--lr", 0, "--warmup-steps", 0, "--workers", 1]  # all images are in each batch
+
+    def first_loss(flags):
+        return run_main(*common, *flags.split()).losses[0]
+
+    plain = first_loss("--no-augment")
+    for flags in ("--mixup 0 --cutmix 0 --label-smoothing 0 --drop-rate 0", "--clip-grad 0"):
+        assert first_loss(f"--no-augment {flags}") == pytest.approx(plain, abs=1e-6)
+    changed = [first_loss(f"--no-augment {flag} 0.5") for flag in (
+        "--mixup", "--cutmix", "--label-smoothing", "--drop-rate", "--attn-drop-rate",
+        "--drop-path-rate", "--layer-norm-eps",
+    )]  # fmt: skip
+    changed += [first_loss(f"--no-augment --seed {seed}") for seed in (1, 2)]  # weights
+    weights = tmp_path / "weights.npz"
+    np.savez(weights, **full_weights(Trainer.last.model))
+    of_masks = f"--no-augment --init-from {weights} --drop-rate 0.5"
+    changed += [first_loss(f"{of_masks} --seed {seed}") for seed in (1, 2)]
+    augmented = first_loss("--random-erasing 0")
+    changed += [augmented, first_loss("--random-erasing 0.9"), first_loss("--seed 3")]
+    changed += [first_loss("--rand-augment rand-m9-mstd0.5-inc1")]
+    assert first_loss("") == augmented
+    gaps = np.diff(sorted([plain, *changed]))
+    assert gaps.min() > 1e-5, changed
+
+
+def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(tmp_path):
     ramp = np.concatenate(np.meshgrid(4 * np.arange(64), 5 * np.arange(48), 77), -1)
-    for name in ("wasp/2.png", "wasp/1.png", "bee/0.png"):
-        image = Image.fromarray(ramp.astype("u1")) if "w" in name else Image.new("L", (40, 40), 100)
-        for path in (tmp_path / "train" / name, tmp_path / "val" / name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return lambda f="": train.data_sets(train.parse_arguments(f"--data={tmp_path} {f}".split()), 16)
-
-
-def test_training_crops_flips_augments_and_erases_by_seed_epoch_and_index(sets):
-    flags = "", "--rand-augment rand-n0", "--rand-augment rand-m9-mstd0.5-inc1"
-    plain, none, some = (np.stack([sets(f)[0].image(1, i) for i in range(80)]) for f in flags)
-    red, green, blue = ((plain * STD + MEAN) * 255).swapaxes(0, 1)
-    assert abs(blue - 77).max() < 1 and np.ptp(red, 1).max() < 2 and np.ptp(green, 2).max() < 2
-    width = (red[:, 8, 12] - red[:, 8, 3]) / 9 * 16 / 4  # of the crop, in pixels
-    height = (green[:, 12, 8] - green[:, 3, 8]) / 9 * 16 / 5
-    assert 24 < (width < 0).sum() < 56 and height.min() > 0  # flips, and none upside down
-    area = abs(width) * height / (48 * 64)
-    assert 0.06 < area.min() < 0.2 and 0.4 < np.median(area) < 0.65 and 0.8 < area.max() < 1.1
-    for other in (sets()[0].image(2, 3), sets("--seed 1")[0].image(1, 3)):  # of the same file
-        assert abs(other - plain[3]).max() > 0.05
-    assert same(plain, none) and same(sets(flags[2])[0].image(1, 9), some[9])
-    assert 40 < (plain != some).any((1, 2, 3)).sum() < 80
-    seen = np.stack([sets("--random-erasing 0.6")[0].image(0, i) for i in range(100)])
-    erased = (abs(seen - (100 / 255 - MEAN) / STD) > 1e-5).any(1)  # of the grey image
-    areas = np.array([np.prod(np.ptp(np.argwhere(mask), 0) + 1) for mask in erased if mask.any()])
-    assert len(areas) == about(60, abs=15) and areas.sum() == erased.sum()  # rectangles
-    noise = seen.transpose(0, 2, 3, 1)[erased]
-    assert (noise.mean(), noise.std()) == about((0, 1), abs=0.1) and 0.2 < areas.max() / 256 < 0.4
-
-
-def test_folders_name_the_labels_and_images_are_resized_and_normalized_as_imagenets(sets):
-    hard = "--random-erasing 0.99 --rand-augment rand-m9"
-    plain, val = sets(f"--no-augment {hard}")
-    ramp, grey = Image.open(val.folder.samples[1][0]), np.full((16, 16, 3), 100)
-    square = ramp.resize((16, 16), Image.BILINEAR)
-    center = ramp.resize((24, 18), Image.BILINEAR).crop((4, 1, 20, 17))  # 18 = 16 / 0.875
-    for images, want in ((plain, square), (val, square), (sets(hard)[1], center)):
-        batches = train.load(images, [[(0, 2), (0, 0)], [(5, 1)]], train.parse_arguments([]))
-        got, labels = (np.concatenate(part) for part in zip(*batches))
-        close(got, (np.stack([want, grey, want]).transpose(0, 3, 1, 2) / 255 - MEAN) / STD, 0, 1e-5)
-        assert (len(images), [*labels]) == (3, [1, 0, 1])
+    for split, name in itertools.product(("train", "val"), ("wasp/2.png", "bee/0.png")):
+        path = tmp_path / split / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = ramp.astype("u1") if "wasp" in name else np.full((40, 40), 100, "u1")
+        Image.fromarray(image).save(path)
+    center = Image.fromarray(ramp.astype("u1")).resize((24, 18), Image.BILINEAR)  # 18 = 16 / 0.875
+    want = np.stack([center.crop((4, 1, 20, 17)), np.full((16, 16, 3), 100)])
+    want = (want.transpose(0, 3, 1, 2) / 255 - MEAN) / STD
+    flags = f"--data {tmp_path} --random-erasing 0.99 --rand-augment rand-m9"
+    train_set, val_set = train.build_data_sets(train.parse_arguments(flags.split()), 16)
+    plain, _ = train.build_data_sets(train.parse_arguments(f"{flags} --no-augment".split()), 16)
+    for images in (val_set, plain):
+        assert [images[0, i][2] for i in (1, 0)] == [1, 0] == list(images.targets)[::-1]
+        np.testing.assert_allclose([images[0, i][1] for i in (1, 0)], want, atol=1e-5, rtol=0)
+    seen = [train_set[key][1] for key in ((0, 1), (0, 1), (1, 1))]
+    assert np.array_equal(seen[0], seen[1]) and (seen[0] != seen[2]).any()
 
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_other_noise():
-    args, _, _ = built("--accumulation-steps 2 --num-classes 4")
+    dist.setup()
+    args = train.parse_arguments("--accumulation-steps 2 --num-classes 4".split())
     steps = list(train.training_keys(14, 4, args, 0, 9))  # three an epoch; two samples wait
     epochs, orders = np.array(steps).reshape(3, 12, 2).transpose(2, 0, 1)
-    assert same(epochs.T, [[0, 1, 2]] * 12) and set(orders.flat) == set(range(14))
+    assert np.array_equal(epochs.T, [[0, 1, 2]] * 12) and set(orders.flat) == set(range(14))
     assert [len(set(order)) for order in orders] == [12] * 3 and len(set(map(str, orders))) == 3
     assert list(train.training_keys(14, 4, args, 4, 9)) == steps[4:]  # as when resumed
-    assert next(train.training_keys(14, 4, built("--seed 1")[0], 0, 9)) != steps[0]
-    splits = train.data_sets(args, 16)
-    assert [(len(images), images.labels[6]) for images in splits] == [(4096, 2), (1000, 2)]
-    seen = np.array([[images.image(i, i % 3).flat for i in range(400)] for images in splits])
+    sets = train.build_data_sets(args, 16)
+    assert [(len(images.targets), images.targets[6]) for images in sets] == [(4096, 2), (1000, 2)]
+    seen = np.array([[images[i % 3, i][1].flat for i in range(400)] for images in sets])
     patterns = seen.reshape(2, 100, 4, -1).mean(1, keepdims=True)  # sample i is of class i % 4
     noise = (seen.reshape(2, 100, 4, -1) - patterns).reshape(800, -1)
-    assert abs(np.corrcoef(noise) - np.eye(800)).max() < 0.25 and noise.std() == about(1, abs=0.02)
+    assert abs(np.corrcoef(noise) - np.eye(800)).max() < 0.25
     assert abs(patterns[0] - patterns[1]).max() < 0.8 and patterns[0, 0].std(0).mean() > 0.2
-    assert same(splits[0].image(3, 9).flat, seen[0, 3])
-    assert (train.SyntheticImages("train", 9, 4, 16, 1).image(3, 0).flat != seen[0, 3]).all()
+    assert np.array_equal(sets[0][9, 3][1].flat, seen[0, 3])
 
 
 def test_initial_weights_have_the_distribution_of_their_kind():
-    _, model, _ = built()
-    for k, w in held(model).items():
-        uniform, n = "patch" in k, w.size  # within 48^-0.5; else normal
-        if "norm" in k or (k.endswith("bias") and not uniform):
-            assert (w == k.endswith("weight")).all(), k
+    for name, w in full_weights(small_model()).items():
+        if "norm" in name or (name.endswith("bias") and "patch" not in name):
+            assert (w == name.endswith("weight")).all(), name
             continue
-        w, beyond = w / ((3 * 48) ** -0.5 if uniform else 0.02), 0 if uniform else 0.0455
-        seen = w.mean(), w.std() - 1, (abs(w) > 2).mean() - beyond
-        bounds = 4 / np.sqrt(n), 4 / np.sqrt(2 * n), 4 * np.sqrt(beyond / n)
-        assert (np.abs(seen) <= bounds).all() and (abs(w).max() <= 3**0.5 or not uniform), k
-    assert len({w.flat[0] for w in held(model).values()}) == 19 and model.norm.eps == 1e-5
+        uniform = "patch" in name  # within 48^-0.5; else normal
+        w = w / ((3 * 48) ** -0.5 if uniform else 0.02)
+        assert abs(w.mean()) < 4 / np.sqrt(w.size) and abs(w.std() - 1) < 4 / np.sqrt(2 * w.size)
+        assert (abs(w).max() <= 3**0.5) == uniform, name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -837,16 +879,11 @@ def test_sizes_and_parameters_are_those_of_the_papers(name):
     block = 4 * width * (width + 1) + width * (2 * mlp + 1) + mlp + 4 * width
     outside = (3 * patch**2 + 4) * width + 1000 * (width + 1)
     count = outside + depth * block + ((224 // patch) ** 2 + 1) * width
-    assert count / 1e6 == about(millions, rel=0.05) and len(MODELS) == 11
+    assert count / 1e6 == pytest.approx(millions, rel=0.05) and len(MODELS) == 11
     dist.setup()
     one = VisionTransformer(**{**MODELS[name], "depth": 1}, img_size=patch)  # of one patch
-    seen = MODELS[name]["depth"], one.blocks[0].self_attention.num_heads
-    assert (*seen, one.patch_embed.patch_size) == (depth, heads, patch)
-    counts = {one: outside + block + 2 * width}
-    if width < 400 and patch == 16:
-        counts[VisionTransformer(**MODELS[name])] = count
-        counts[getattr(vision_transformer, name)()] = count
-    assert [sum(w.numel() for w in each.parameters()) for each in counts] == [*counts.values()]
+    assert (MODELS[name]["depth"], MODELS[name]["num_heads"]) == (depth, heads)
+    assert sum(w.numel() for w in one.parameters()) == outside + block + 2 * width
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.1])
@@ -856,75 +893,70 @@ def test_logits_loss_and_gradient_are_those_of_flowvisions_model_in_float64(smoo
         logits = theirs(flow.tensor(PIXELS[:4].astype(float))).numpy()
         return logits, (np.log(np.exp(logits).sum(1)) - (targets * logits).sum(1)).mean()
 
-    _, model, _ = built(f"--layer-norm-eps 1e-6 --label-smoothing {smoothing}", 0.05)
+    loss_func = train.SoftTargetCrossEntropy() if smoothing else None
+    model = small_model(0.05, layer_norm_eps=1e-6, loss_func=loss_func)
     theirs = vision_transformer.VisionTransformer(num_classes=10, **SIZES).double().eval()
     targets = np.eye(4, 10, dtype="f4") * (1 - smoothing) + smoothing / 10
     start = {k: w.astype(float) for k, w in to_timm_state_dict(model).items()}
-    logits = whole(model.eval()(batch_to_global(PIXELS[:4], 0))["prediction_scores"])
+    logits = full_array(model.eval()(batch_to_global(PIXELS[:4], 0))["prediction_scores"])
     labels = batch_to_global(targets if smoothing else np.arange(4), -1)
     loss = model.train()(batch_to_global(PIXELS[:4], 0), labels)["losses"]
     loss.backward()
-    close(logits, compute(start)[0], atol=2e-6)
-    close(whole(loss), compute(start)[1], atol=2e-6)
-    found = held(model, gradients=True)
-    way = {k: np.random.default_rng(1).standard_normal(g.shape) for k, g in found.items()}
+    np.testing.assert_allclose(logits, compute(start)[0], atol=2e-6)
+    np.testing.assert_allclose(full_array(loss), compute(start)[1], atol=2e-6)
+    gradients, rng = full_gradients(model), np.random.default_rng(1)
+    way = {name: rng.standard_normal(g.shape) for name, g in gradients.items()}
     load_weights(model, way)
     move = to_timm_state_dict(model)
     up, down = (compute({k: start[k] + h * move[k] for k in start})[1] for h in (1e-6, -1e-6))
-    close(sum((found[k] * way[k]).sum() for k in way), (up - down) / 2e-6, atol=2e-5)
+    slope = sum((gradients[name] * way[name]).sum() for name in way)
+    assert slope == pytest.approx((up - down) / 2e-6, abs=2e-5)
 
 
 def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
-    args, model, _ = built("--micro-batch-size 5 --drop-rate 0.5", 0.1)
+    args = train.parse_arguments("--micro-batch-size 5".split())
+    model = small_model(0.1, drop_rate=0.5)
     images, labels = train.SyntheticImages("val", 23, 10, 16, 0), np.arange(23) % 10
-    pixels = batch_to_global(np.stack([images.image(i, 0) for i in range(23)]), 0)
-    logits = whole(model.eval()(pixels)["prediction_scores"]).astype(float)
-    w, true = held(model), logits[np.arange(23), labels]
-    better, loss = (logits.T > true).sum(0), np.mean(np.log(np.exp(logits).sum(1)) - true)
+    pixels = batch_to_global(np.stack([images[0, i][1] for i in range(23)]), 0)
+    logits = full_array(model.eval()(pixels)["prediction_scores"]).astype(float)
+    w, label_logits = full_weights(model), logits[np.arange(23), labels]
+    better = (logits.T > label_logits).sum(0)
+    loss = np.mean(np.log(np.exp(logits).sum(1)) - label_logits)
     assert {0, 4} < set(better) and max(better) > 4
     for scale, bias, want in (
-        (1, w["head.bias"], [loss, (better < 1).mean(), (better < 5).mean()]),
-        (0, np.ones(10), [np.log(10), 3 / 23, 13 / 23]),  # right are class 0, classes 0 to 4
-        (1, np.where(np.arange(10) == 3, np.nan, 0), [np.nan, 0, 0]),
+        (1, w["head.bias"], [loss, (better < 1).mean(), (better < 5).mean(), 23]),
+        (0, np.ones(10), [np.log(10), 3 / 23, 13 / 23, 23]),  # right are class 0, classes 0 to 4
+        (1, np.where(np.arange(10) == 3, np.nan, 0), [np.nan, 0, 0, 23]),
     ):
         load_weights(model, {**w, "head.weight": scale * w["head.weight"], "head.bias": bias})
-        start = time.perf_counter()
-        seen = train.evaluate(model.train(), images, args)
-        speed = 23 / (time.perf_counter() - start)
-        assert [seen[k] for k in ("val_loss", "top1", "top5")] == about(want, nan_ok=True)
-        assert (model.training, seen["images"]) == (True, 23)
-        assert seen["val_images_per_s"] == about(speed, rel=0.2)
+        got = train.evaluate(model.train(), images, args)
+        assert list(got.values()) == pytest.approx(want, nan_ok=True) and model.training
 
 
-# 6. The script ------------------------------------------------------------------------------------
+# 7. The script ------------------------------------------------------------------------------------
 
-OF_A_RANK = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # the engine sets them
+OF_A_RANK = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOG_log_dir"
 CLEAN = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
 
 
-def train_py(*flags, before=()):
+def train_py(*flags, before=(), **environment):
     """Run train.py to its end; its stderr without the engine's own lines."""
     command = [sys.executable, *before, "train.py", *map(str, flags)]
     run = subprocess.run(
-        command, cwd=HERE, env=CLEAN, capture_output=True, text=True, timeout=200,
-        start_new_session=True,  # OneFlow's launcher ends its children only as a group's leader
+        command, cwd=HERE, env={**CLEAN, **environment}, capture_output=True, text=True,
+        timeout=200, start_new_session=True,  # OneFlow's launcher ends its children by their group
     )
     run.stderr = re.sub(r"libibverbs not available.*\n", "", run.stderr)
     return run
 
 
-def run_here(*flags):
-    """Run train.py in this process."""
-    train.run(train.parse_arguments(list(map(str, flags))))
-
-
 def metrics(folder):
     """The lines of metrics.jsonl; of a step that was done again, the last counts."""
-    seen = {}
+    records = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        seen[record["step"], "loss" in record] = record
-    return [seen[key] for key in sorted(seen, key=lambda key: (key[0], not key[1]))]
+        records[record["step"], "loss" in record] = record
+    return [records[key] for key in sorted(records, key=lambda key: (key[0], not key[1]))]
 
 
 def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figures(tmp_path):
@@ -934,84 +966,59 @@ def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figure
     assert [line["step"] for line in lines[:-1]] == list(range(1, 201))
     assert lines[0].keys() == {"step", "loss", "lr", "images_per_s"}
     assert lines[0]["loss"] > 2 and lines[-1]["top1"] > 0.95 and lines[-1]["images"] == 1000
-    assert lines[-1]["val_images_per_s"] > 0
-    last = r"step: median (\S+) ms, (\S+) images/s; peak memory of rank 0: (\S+) GB\n"
-    ms, speed, memory = map(float, re.search(last, run.stdout).groups())
-    assert speed == pytest.approx(32e3 / ms, rel=0.01) and 0.1 < memory < 10
-    speeds = [line["images_per_s"] for line in lines[:-1]]
-    assert speed == pytest.approx(np.median(speeds[1:]), rel=0.01)
+    assert len(re.findall(r"^step \d+  loss", run.stdout, re.M)) == 20  # not a terminal: lines
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     make_folder(root, dict(train=32, val=11))
+    (root / "train/class0/0.png").rename(root / "train/class0/0.JPEG")  # one of ImageNet's is a PNG
     return root
 
 
-def test_training_on_a_folder_of_images_is_exact_on_any_mesh(images, tmp_path):
-    flags = ["--data", images, *TINY, "--epochs", 10, "--eval-every", 15, "--lr", 0.003]
-    run_here(*flags, "--micro-batch-size", 16, "--output-dir", tmp_path / "1")
-    mesh = ["--data-parallel", 2, "--accumulation-steps", 2, "--eager"]
-    run = train_py(*flags, *mesh, "--micro-batch-size", 4, "--output-dir", tmp_path / "2")
+def test_training_on_a_folder_is_exact_on_any_mesh_and_a_proxy_is_not_asked(images, tmp_path):
+    flags = ["--data", images, *TINY, "--epochs", 6, "--eval-every", 15, "--lr", 0.003]
+    run_main(*flags, "--micro-batch-size", 16, "--output-dir", tmp_path / "1")
+    flags += ["--data-parallel", 2, "--accumulation-steps", 2, "--eager", "--micro-batch-size", 4]
+    run = train_py(*flags, "--output-dir", tmp_path / "2", http_proxy="http://127.0.0.1:9")
     assert run.returncode == 0, run.stderr
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert len(one) == len(two) == 60 + 4
+    assert len(one) == len(two) == 36 + 3
     for a, b in zip(one, two):
-        for key in a.keys() - {"images_per_s", "val_images_per_s"}:
+        for key in a.keys() - {"images_per_s"}:
             assert abs(a[key] - b[key]) < 1e-3, (a, b)
-    assert one[-1]["images"] == two[-1]["images"] == 33
-    assert one[-1]["top1"] > 0.95 and abs(one[-1]["top1"] * 33 % 1 - 0.5) > 0.49
+    assert one[-1]["images"] == two[-1]["images"] == 33 and one[-1]["top1"] > 0.9
+    last = r"step: median (\S+) ms, (\S+) images/s; peak memory of rank 0: (\S+) GB\n"
+    ms, speed, memory = map(float, re.search(last, run.stdout).groups())
+    assert speed == pytest.approx(16e3 / ms, rel=0.01) and 0.1 < memory < 10  # of both replicas
 
 
-@in_processes(4)
-def test_micro_batch_i_holds_the_same_samples_on_every_mesh():
-    for mesh in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1)):
-        dist.setup(*mesh, 2)
-        args = train.parse_arguments(["--accumulation-steps", "3"])
-        keys = np.array(list(train.training_keys(50, 24, args, 0, 2)))[..., 1]  # (2, mine)
-        held = batch_to_global(keys.T.astype("f4"), 0)  # (24, 2) over the first stage
-        parts = np.split(whole(held), mesh[0])
-        micro_batches = [np.concatenate([np.split(part, 3)[i] for part in parts]) for i in range(3)]
-        order = np.random.default_rng([0, 0]).permutation(50)[:48].reshape(2, 24)
-        assert np.array_equal(np.concatenate(micro_batches), order.T), mesh
-
-
-BAD = {
+MISTAKES = {
     "--stage": "unrecognized arguments: --stage",
-    "--tensor-parallel 3 --nnodes 2": "--nnodes must divide 3 processes",
-    "--data-parallel 2 --nnodes 2 --master-port 9": "--nnodes needs --master-addr and --master-por",
-    "--nnodes 1 --node-rank 1": "--node-rank 1 must be below --nnodes",
+    "--lr fast": "invalid float value: 'fast'",
     "--model vit_nano": "invalid choice: 'vit_nano' .choose from 'vit_tiny_patch16_224', ",
-    "--amp --eager": "--amp needs the graph",
-    "--eager --activation-checkpoint": "--activation-checkpoint needs the graph",
     "--resume": "--resume needs --output-dir",
-    "--save-every 2": "--save-every needs --output-dir",
-    "--resume --output-dir x --init-from y": "--resume and --init-from: give one of them",
-    "--eval-only": "--eval-only needs --init-from or --resume",
-    "--micro-batch-size -1": "'-1' must be at least 1",
-    "--drop-rate 1": "'1' must be at least 0 and below 1",
-    "--lr nan": "'nan' must be at least 0",
-    "--steps 5 --epochs 5": "--steps and --epochs: give one of them",
-    "--mixup 0.2 --micro-batch-size 3": "soft labels take an even --micro-batch-size",
-    "--depth 0": "--depth: '0' must be at least 1",
-    "--amp": "--amp needs CUDA: no GPU here",
-    "--device cuda": "device_type 'cuda' cannot run, take 'cpu': no GPU here",
+    "--eval-only": "--eval-only needs --init-from",
+    "--micro-batch-size -1": "--micro-batch-size -1 must be at least 1",
+    "--lr nan": "--lr nan must be at least 0",
+    "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size must be even",
+    "--drop-rate 1": "dropout probability 1.0 must lie in",
+    "--amp": "--amp needs CUDA: 0 GPUs",
     "--num-heads 3": "3 heads do not divide 64 features",
     "--img-size 33": "patches of side 8 do not divide images of side 33",
-    "--data NOWHERE": "must hold a folder train: .*NOWHERE/train is missing",
-    "--data EMPTY": "EMPTY/train: Couldn't find any class folder",
-    "--data BARE": "BARE/train: Found no valid file for the classes a",
-    "--data ODD": r"train and val must hold the same classes, not \['b'\]",
-    "--data FEW --num-classes 1": "--num-classes 1 is below the 2 folders",
-    "--data FEW --rand-augment wild": "'wild' must be a policy such as rand-m9",
-    "--data FEW": "a batch of 32 images is more than the 4 there are",
-    "--init-from NOWHERE": "NOWHERE must be an .npz file",
+    "--data NOWHERE": "--data .*NOWHERE.*No such file or directory",
+    "--data EMPTY": "--data .*EMPTY.*Couldn't find any class folder",
+    "--data BARE": "--data .*BARE.*Found no valid file for the classes a",
+    "--data ODD": "--data .*ODD: train and val have other classes",
+    "--data FEW --num-classes 1": "--num-classes: below 2 folders",
+    "--data FEW --rand-augment wild": "--rand-augment wild: no policy",
+    "--data FEW": "a batch of 32 is more than 4 images",
+    "--data FEW --micro-batch-size 4 --init-from NOWHERE": "NOWHERE must be an .npz file",
     "--init-from VOID": "VOID must be an .npz file",
-    "--init-from ARRAY": "ARRAY must be an .npz file",
-    "--eval-only --resume --output-dir OUT": "--eval-only needs a checkpoint: .*OUT holds none",
-    "--output-dir VOID": "--output-dir .*VOID cannot be used",
-    "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below all 9 steps",
+    "--resume --output-dir OUT": "OUT/checkpoint.npz must be an .npz file: .*No such file",
+    "--output-dir VOID": "take another --output-dir, or --resume: .*VOID",
+    "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
 
 
@@ -1020,7 +1027,7 @@ def bad_folders(tmp_path_factory):
     root, image = tmp_path_factory.mktemp("bad"), Image.new("RGB", (8, 8))
     for name, train_classes, val_classes, count in (
         ("EMPTY", "", "", 0), ("BARE", "a", "a", 0), ("ODD", "ab", "a", 2), ("BROKEN", "a", "a", 2),
-        ("FALSE", "a", "a", 2), ("FEW", "ab", "ab", 2), ("HUGE", "a", "a", 2),
+        ("FEW", "ab", "ab", 2),
     ):  # fmt: skip
         for split, classes in (("train", train_classes), ("val", val_classes)):
             (root / name / split).mkdir(parents=True)
@@ -1029,38 +1036,32 @@ def bad_folders(tmp_path_factory):
                 for i in range(count):
                     image.save(root / name / split / label / f"{i}.png")
     (root / "BROKEN/train/a/1.png").write_text("not an image")
-    (root / "FALSE/train/a/1.png").rename(root / "FALSE/train/a/1.jpg")  # a PNG under its name
     (root / "VOID").touch()
-    np.save(open(root / "ARRAY", "wb"), np.zeros(3))
-    Image.new("1", (10000, 9000)).save(root / "HUGE/train/a/1.png")
     return root
 
 
-@pytest.mark.parametrize("flags", BAD)
+def with_folders(flags, root):
+    return [str(root / word) if word.isupper() else word for word in flags.split()]
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
 def test_a_mistake_is_told_in_one_sentence(bad_folders, flags):
-    words = [str(bad_folders / word) if word.isupper() else word for word in flags.split()]
-    with pytest.raises(ValueError, match=BAD[flags]) as stop:
-        run_here(*words)
+    with pytest.raises(UsageError, match=MISTAKES[flags]) as stop:
+        run_main(*with_folders(flags, bad_folders))
     assert "\n" not in str(stop.value)
 
 
-ENDS = {
-    "--lr fast": "invalid float value: 'fast'",
-    "--num-heads 3": "3 heads do not divide 64 features",
-    "--tensor-parallel 2 --num-heads 5 --embed-dim 60": "2 tensor-parallel ranks do not divide 5",
-    "--data FALSE --micro-batch-size 1": "FALSE/train/a/1.jpg cannot be read as an image",
-    "--data HUGE --micro-batch-size 1": "HUGE/train/a/1.png cannot be read as an image: Image size",
-    "--data-parallel 2 --master-addr no.such.host": "--master-addr no.such.host is no address",
-    "--data BROKEN --micro-batch-size 1 --data-parallel 2 --eager": "a/1.png cannot be read as an",
-}
-
-
-@pytest.mark.parametrize("flags", ENDS)
-def test_a_mistake_ends_the_run_with_one_sentence_and_exit_code_2(bad_folders, flags):
-    words = [str(bad_folders / word) if word.isupper() else word for word in flags.split()]
-    run = train_py(*words)
+@pytest.mark.parametrize("flags, message", [
+    ("--lr fast", "invalid float value: 'fast'"),
+    ("--tensor-parallel 2 --num-heads 5 --embed-dim 60", "2 tensor-parallel ranks do not divide 5"),
+    ("--data BROKEN --micro-batch-size 1 --data-parallel 2", "a/1.png cannot be read as an image"),
+    ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9", "loss (nan|inf) at step .: lower --lr"),
+])  # fmt: skip
+def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags, message):
+    run = train_py(*with_folders(flags, bad_folders))
     assert run.returncode == 2, run.stderr
-    assert re.fullmatch(f"train.py: .*{ENDS[flags]}[^\n]*\n", run.stderr), run.stderr
+    assert len(re.findall(f"^train.py: .*{message}", run.stderr, re.M)) == 1, run.stderr
+    assert "Traceback" not in run.stderr
 
 
 LAUNCH = "import vit3d; from oneflow.distributed import launch; launch.main()"
@@ -1072,254 +1073,226 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def test_under_oneflows_launcher_a_run_does_not_start_again_and_a_mistake_is_told_once(tmp_path):
+def test_under_other_launchers_a_run_does_not_start_again_and_a_mistake_is_told_once():
     before = ["-c", LAUNCH, "--nproc_per_node", "2", "--master_port", free_port()]
-    run = train_py(*TINY, "--data-parallel", 2, "--eager", "--steps", 2, before=before)
-    assert run.returncode == 0 and run.stdout.count("data 2 x tensor 1 x pipeline 1 = 2") == 1
+    flags = [*TINY, "--data-parallel", "2", "--eager", "--steps", "2"]
+    run = train_py(*flags, before=before)
+    assert run.returncode == 0 and run.stdout.count("data 2 x tensor 1 x pipeline 1") == 1
     before[-1] = free_port()
     run = train_py("--data-parallel", 3, before=before)
     assert run.returncode == 1  # that of OneFlow's launcher
     assert run.stderr.count("3 x 1 x 1 = 3 must be the number of processes, 2") == 1
-
-
-def test_under_a_schedulers_variables_a_run_does_not_start_again():
-    command = [sys.executable, "train.py", *TINY, "--data-parallel", "2", "--eager", "--steps", "2"]
-    more = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    runs = []
-    for rank in "01":
-        env = {**CLEAN, **more, "RANK": rank, "LOCAL_RANK": rank}
+    env = {**CLEAN, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command, runs = [sys.executable, "train.py", *flags], []
+    for rank in "01":  # as a scheduler does
+        env.update(RANK=rank, LOCAL_RANK=rank)
         runs.append(subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True))
         time.sleep(1)  # rank 0 listens first
-    told = [run.communicate(timeout=60)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0] and told[1] == ""
-    assert told[0].count("data 2 x tensor 1 x pipeline 1 = 2") == 1 and "step 2 " in told[0]
+    texts = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and texts[1] == "" and "step 2 " in texts[0]
 
 
-def test_haswells_products_are_chosen_where_the_processor_has_them_and_the_user_set_nothing():
+def test_the_engine_is_set_up_for_this_machine_where_the_user_set_nothing():
     has = {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())
-    for given, want in (({}, "Haswell" if has else "None"), ({"OPENBLAS_CORETYPE": "Zen"}, "Zen")):
-        env = {key: value for key, value in CLEAN.items() if key != "OPENBLAS_CORETYPE"}
-        code = "import vit3d, os; print(os.environ.get('OPENBLAS_CORETYPE'))"
-        run = [sys.executable, "-c", code]
-        told = subprocess.run(run, cwd=HERE, env={**env, **given}, capture_output=True, text=True)
-        assert told.stdout == want + "\n"
+    code = "import vit3d, os; print(*(os.environ.get(name) for name in {!r}))"
+    names = "OPENBLAS_CORETYPE", "ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD"
+    env = {key: value for key, value in CLEAN.items() if key not in names}
+    chosen = f"{'Haswell' if has else None} 0"
+    for given, want in (({}, chosen), (dict.fromkeys(names, "1"), "1 1")):
+        run = [sys.executable, "-c", code.format(names)]
+        run = subprocess.run(run, cwd=HERE, env={**env, **given}, capture_output=True, text=True)
+        assert run.stdout == want + "\n" or Path("/dev/nvidiactl").exists()
 
 
-def test_the_lines_of_the_readme_train_on_eight_processes_when_copied(tmp_path):
+@pytest.mark.parametrize("index, processes", [(0, 2), (1, 8)], ids=["first", "whole"])
+def test_the_programs_of_the_readme_print_what_it_shows_when_copied(tmp_path, index, processes):
     text = (HERE / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (tmp_path / "yours.py").write_text(lines)
+    program = re.findall(r"```python\n(.*?)```", text, re.S)[index]
+    (tmp_path / "yours.py").write_text(program)
     shutil.copy(HERE / "vit3d.py", tmp_path)
-    command = [sys.executable, "-c", LAUNCH, "--nproc_per_node", "8", "--master_port", free_port()]
+    command = [sys.executable, "-c", LAUNCH, "--nproc_per_node", str(processes)]
+    command += ["--master_port", free_port(), "yours.py"]
     run = subprocess.run(
-        [*command, "yours.py"], cwd=tmp_path, env=CLEAN, capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=CLEAN, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    losses = re.findall(r"^\d+\.\d+$", run.stdout, re.M)
-    assert len(losses) >= 3 and len(set(losses)) > 1, run.stdout
+    if index == 0:
+        shown = re.findall(r"```text\n(.*?)```", text, re.S)[0].splitlines()
+        assert set(shown) <= set(run.stdout.splitlines()), run.stdout
+    else:
+        losses = re.findall(r"^\d+\.\d+$", run.stdout, re.M)
+        assert len(losses) >= 3 and len(set(losses)) > 1, run.stdout
 
 
-# 7. Ends and checkpoints --------------------------------------------------------------------------
-
-
-def alive(pid):
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+# 8. Ends and checkpoints --------------------------------------------------------------------------
 
 
 def all_end(pids, seconds=10):
     """Whether the processes end in this time, which the kernel needs to take one down."""
+
+    def is_alive(pid):
+        status = Path(f"/proc/{pid}/status")
+        return status.exists() and "State:\tZ" not in status.read_text()
+
     deadline = time.time() + seconds
-    while any(map(alive, pids)) and time.time() < deadline:
+    while any(map(is_alive, pids)) and time.time() < deadline:
         time.sleep(0.1)
-    return not any(map(alive, pids))
+    return not any(map(is_alive, pids))
 
 
 def start(folder, *flags):
-    """Start train.py and wait for five more lines of metrics.jsonl; return it and its children."""
+    """Start train.py and wait for five lines of metrics.jsonl; return it and its children."""
     command = [sys.executable, "train.py", "--output-dir", folder, *flags]
     log, lines = open(folder.with_suffix(".log"), "a"), folder / "metrics.jsonl"
-    before = len(lines.read_text().splitlines()) if lines.exists() else 0
     run = subprocess.Popen(list(map(str, command)), cwd=HERE, env=CLEAN, stdout=log, stderr=log)
     deadline = time.time() + 60
-    while not lines.exists() or len(lines.read_text().splitlines()) < before + 5:
+    while not lines.exists() or len(lines.read_text().splitlines()) < 5:
         time.sleep(0.02)
         assert run.poll() is None and time.time() < deadline, Path(log.name).read_text()
     return run, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
 
 
-def arrays(folder):
-    newest = max(folder.glob("step-*.npz"))
-    return {k: v for k, v in np.load(newest).items() if k.split("/")[0] not in ("about", "engine")}
-
-
-def test_a_run_whose_rank_is_killed_goes_on_to_the_same_weights_to_the_bit(tmp_path):
-    flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 40, "--save-every", 2]
-    flags += ["--micro-batch-size", 4]
-    assert train_py(*flags, "--output-dir", tmp_path / "whole").returncode == 0
-    run, children = start(tmp_path / "killed", *flags)
-    time.sleep(0.1)
+@pytest.mark.parametrize("mode, other", [
+    ("--eager", "--tensor-parallel 2 --sequence-parallel"),
+    ("", "--pipeline-parallel 2 --accumulation-steps 2"),
+])  # fmt: skip
+def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path, mode, other):
+    flags = [*TINY, *mode.split(), "--steps", 40, "--save-every", 2]
+    two = ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4]
+    assert train_py(*flags, *two, "--output-dir", tmp_path / "full").returncode == 0
+    run, children = start(tmp_path / "killed", *flags, *two)
     os.kill(int(children[1]), signal.SIGKILL)
-    assert run.wait(timeout=30) == 1 and all_end(children)
-    log = (tmp_path / "killed.log").read_text()
-    assert re.search("train.py: a process ended by SIG.*, and with it the run", log)
-    assert train_py(*flags, "--output-dir", tmp_path / "killed", "--resume").returncode == 0
-    whole_run, killed = arrays(tmp_path / "whole"), arrays(tmp_path / "killed")
-    assert whole_run.keys() == killed.keys()
-    assert all(np.array_equal(whole_run[name], killed[name]) for name in killed)
-    a, b = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
-    assert [line["step"] for line in a] == [line["step"] for line in b]
-    assert [line.get("loss") for line in a] == [line.get("loss") for line in b]
-    assert len(list((tmp_path / "killed").glob("step-*.npz"))) == 2  # --keep
+    assert run.wait(timeout=30) != 0 and all_end(children)
+    assert "train.py: a process ended by SIG" in (tmp_path / "killed.log").read_text()
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    size = 4 if "accumulation" in other else 8
+    for name, mesh in (("killed", two), ("other", [*other.split(), "--micro-batch-size", size])):
+        run = train_py(*flags, *mesh, "--output-dir", tmp_path / name, "--resume")
+        assert run.returncode == 0 and "resume was False and is True" in run.stdout, run.stderr
+    full, killed = (dict(np.load(tmp_path / k / "checkpoint.npz")) for k in ("full", "killed"))
+    assert full.keys() == killed.keys() and len(full) > 3 * 20
+    assert all(np.array_equal(full[name], killed[name]) for name in full if name != "run/record")
+    want = metrics(tmp_path / "full")
+    for name, accuracy in (("killed", 0), ("other", 1e-3)):
+        for a, b in zip(want, metrics(tmp_path / name), strict=True):
+            assert a.keys() == b.keys()
+            assert all(abs(a[key] - b[key]) <= accuracy for key in a if key != "images_per_s")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_a_signal_to_the_command_ends_all_processes(tmp_path, name):
     run, children = start(tmp_path / "out", *TINY, "--data-parallel", 2, "--steps", 9999, "--eager")
     run.send_signal(getattr(signal, name))
-    assert run.wait(timeout=30) == {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}[name]
+    assert run.wait(timeout=30) == -getattr(signal, name)
     assert len(children) == 2 and all_end(children)
     assert "Traceback" not in (tmp_path / "out.log").read_text()
 
 
-def test_a_run_of_one_process_outlives_its_shell(tmp_path):
-    flags = [*TINY, "--eager", "--steps", 300, "--output-dir", tmp_path]
-    command = " ".join(map(str, [sys.executable, "train.py", *flags]))
-    shell = f"{command} & until [ -s {tmp_path}/metrics.jsonl ]; do sleep 0.1; done"
-    subprocess.run(["bash", "-c", shell], cwd=HERE, env=CLEAN, timeout=60, capture_output=True)
-    deadline = time.time() + 60
-    while not (tmp_path / "step-00000300.npz").exists():
-        time.sleep(0.1)
-        assert time.time() < deadline
+@pytest.mark.parametrize("flags", ["", "--data-parallel 2"], ids=["one process", "two processes"])
+def test_a_pipe_that_closes_and_a_full_disk_end_a_run(flags):
+    command = f"{sys.executable} train.py {' '.join(TINY)} {flags} --eager --steps 9999"
+    for end in ("| head -n 4", "> /dev/full"):
+        shell = ["bash", "-c", f"set -o pipefail; {command} {end}"]
+        run = subprocess.run(shell, cwd=HERE, env=CLEAN, capture_output=True, timeout=60)
+        assert run.returncode == 1
 
 
-def test_a_run_goes_on_on_another_mesh_and_in_another_mode(images, tmp_path):
-    flags = ["--data", images, *TINY, "--steps", 6, "--save-every", 3]
-    data = "--data-parallel 2 --shard-params --micro-batch-size 8 --accumulation-steps 2".split()
-    tensor = "--tensor-parallel 2 --sequence-parallel --eager".split()
-    run_here(*flags, "--output-dir", tmp_path / "one")
-    assert train_py(*flags, *tensor, "--output-dir", tmp_path / "two").returncode == 0
-    for source, others in (("one", tensor), ("two", data)):
-        folder = tmp_path / f"from-{source}"
-        folder.mkdir()
-        shutil.copy(tmp_path / source / "step-00000003.npz", folder)
-        run = train_py(*flags, *others, "--output-dir", folder, "--resume")
-        assert run.returncode == 0 and "step-00000003.npz\n" in run.stdout, run.stderr
-        for got, want in zip(metrics(folder)[:3], metrics(tmp_path / "one")[3:]):
-            assert got["step"] == want["step"] and got["lr"] == pytest.approx(want["lr"])
-            assert abs(got["loss"] - want["loss"]) < 1e-5
-
-
-def test_a_checkpoint_is_used_skipped_or_refused_with_a_reason(tmp_path, capsys):
-    folder = tmp_path / "run"
-    flags = [*TINY, "--steps", 6, "--save-every", 3, "--eager", "--output-dir", folder]
-    run_here(*flags, "--resume")
-    assert "from the start" in capsys.readouterr().out
-    third, sixth = sorted(folder.glob("step-*.npz"))
-    last = metrics(folder)[-1]
-    run_here(*TINY, "--eval-only", "--init-from", sixth, "--output-dir", tmp_path / "other")
-    again = metrics(tmp_path / "other")[-1]
-    assert {**again, "val_images_per_s": 0} == {**last, "step": 0, "val_images_per_s": 0}
+def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
+    folder, checkpoint = tmp_path / "run", tmp_path / "run/checkpoint.npz"
+    flags = [*TINY, "--steps", 4, "--output-dir", folder]
+    run_main(*flags, "--eager")
+    last, before = metrics(folder)[-1], checkpoint.read_bytes()
+    np.savez(tmp_path / "timm.npz", **to_timm_state_dict(Trainer.last.model))
+    for source in (checkpoint, tmp_path / "timm.npz"):
+        other = tmp_path / f"of-{source.stem}"
+        run_main(*TINY, "--eval-only", "--init-from", source, "--output-dir", other)
+        assert metrics(other) == [{**last, "step": 0}]
     for more, message in (
-        ([], "holds checkpoints already: --resume goes on"),
-        (["--resume", "--micro-batch-size", 8], "batch_size was 32 and is 8"),
-        (["--resume", "--seed", 1], "seed was 0 and is 1"),
-        (["--resume", "--lr", 0.1, "--steps", 7], "steps was 6 and is 7; lr was 0.001 and is 0.1"),
+        ("--eager", "take another --output-dir, or --resume: .*File exists"),
+        ("--eager --resume --micro-batch-size 8", "batch_size was 32 and must not be 8"),
+        ("--eager --resume --steps 5", "steps was 4 and must not be 5"),
+        ("--eager --resume --num-heads 2", "sizes was .* and must not be"),
+        ("--resume", "eager was True and must not be False"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_here(*flags, *more)
-    with pytest.raises(ValueError, match="6.npz is of another run: num_heads was 2 and is 4"):
-        run_here(*TINY, "--num-heads", 4, "--eval-only", "--init-from", sixth)
-    with pytest.raises(ValueError, match=r"head.weight has shape \(10, 32\), in the model"):
-        run_here(*TINY, "--embed-dim", 16, "--init-from", sixth)
-    with pytest.raises(ValueError, match="blocks.2.input_layernorm.bias is missing"):
-        run_here(*flags, "--resume", "--depth", 3)
-    (folder / "step-00000009.npz").write_bytes(sixth.read_bytes()[:1000])  # does not open
-    run_here(*flags, "--resume")
-    assert "skipped" in capsys.readouterr().err and metrics(folder)[-1] == last
-    content = bytearray(sixth.read_bytes())
-    content[len(content) // 2] ^= 1
-    sixth.write_bytes(content)
-    with pytest.raises(ValueError, match="step-00000006.npz is damaged: .* delete it to resume"):
-        run_here(*flags, "--resume")
-    with pytest.raises(ValueError, match="step-00000006.npz is damaged"):
-        run_here(*TINY, "--init-from", sixth)
-    assert sixth.read_bytes() == content
-    np.savez(folder / "step-00000008.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match="step-00000008.npz is no checkpoint"):
-        run_here(*flags, "--resume")
+        with pytest.raises(UsageError, match=message):
+            run_main(*flags, *more.split())
+    with pytest.raises(UsageError, match=r"has shape \(.*\), in the model"):
+        run_main(*TINY, "--embed-dim", 16, "--init-from", checkpoint)
+    capsys.readouterr()
+    run_main(*flags, "--eager", "--resume", "--lr", 0.01)  # nothing is left to do
+    assert "lr was 0.001 and is 0.01\n" in capsys.readouterr().out
+    few = [*TINY, "--eager", "--lr", 0, "--steps", 2, "--num-classes", 7, "--seed", 5]
+    new = full_weights(run_main(*few).model)
+    tuned = full_weights(run_main(*few, "--init-from", checkpoint).model)
+    assert "its head is for other classes" in capsys.readouterr().out
+    for name, weight in np.load(checkpoint).items():
+        if "/" not in name:
+            want = new[name] if name.startswith("head.") else weight
+            assert np.array_equal(tuned[name], want), name
+    assert checkpoint.read_bytes() == before
 
 
-def test_damaged_newer_files_do_not_count_against_keep(tmp_path):
-    flags = [*TINY, "--steps", 4, "--save-every", 1, "--eager", "--keep", 1]
-    tmp_path.joinpath("step-00000900.npz").touch()
-    run_here(*flags, "--output-dir", tmp_path, "--resume")
-    assert {path.name for path in tmp_path.glob("step-*")} == {
-        "step-00000004.npz", "step-00000900.npz",
-    }  # fmt: skip
+def test_a_checkpoint_is_complete_or_the_one_before_and_written_before_validation(tmp_path):
+    make_folder(tmp_path / "images", dict(train=4, val=1))
+    (tmp_path / "images/val/class0/0.png").write_text("not an image")
+    flags = [*TINY, "--data", tmp_path / "images", "--micro-batch-size", 12, "--steps", 2]
+    run = train_py(*flags, "--output-dir", tmp_path / "run", "--eager")
+    assert run.returncode == 2 and "val/class0/0.png cannot be read as an image" in run.stderr
+    before = (tmp_path / "run/checkpoint.npz").read_bytes()
+    command = [sys.executable, "train.py", *flags, "--output-dir", tmp_path / "run", "--eager"]
+    np.savez(tmp_path / "weights.npz", **full_weights(small_model()))
+    small = f"ulimit -f 200; exec {' '.join(map(str, command))} --steps 3 --save-every 1"
+    (tmp_path / "run/metrics.jsonl").unlink()
+    run = subprocess.run(["bash", "-c", small], cwd=HERE, env=CLEAN, capture_output=True, text=True)
+    assert run.returncode == 1 and "File too large" in run.stderr  # 200 of 1,024 bytes
+    assert (tmp_path / "run/checkpoint.npz").read_bytes() == before
 
 
-def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    with open(tmp_path / "metrics.jsonl", "a") as held:
-        train.fcntl.flock(held, train.fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another run writes to --output-dir"):
-            run_here(*TINY, "--output-dir", tmp_path)
+@on_meshes(((2, 1, 1),))
+def test_ranks_that_list_other_files_or_were_given_other_flags_are_refused(mesh):
+    dist.setup(*mesh)
+    train.check_agreement("the same", 3)
+    with pytest.raises(UsageError, match="the ranks differ in flags, device or files"):
+        train.check_agreement("another", dist.rank)
 
 
-@in_processes(2)
-def test_machines_that_list_other_files_or_were_given_other_flags_are_refused():
-    dist.setup(2)
-    train.require_agreement("the same", 3)
-    with pytest.raises(ValueError, match="machines differ in files, flags or device"):
-        train.require_agreement("another", dist.rank)
+# 9. The proof as a table --------------------------------------------------------------------------
+
+for case in EVERYTHING:
+    BODIES[np.prod(case[0])][f"proof {case}"] = functools.partial(with_everything_on, *case)
 
 
-def test_a_loss_that_is_not_finite_and_a_save_that_fails_are_told_in_one_sentence(tmp_path):
-    flags = [*TINY, "--steps", 20, "--save-every", 1, "--eager", "--keep", 99]
-    wild = ["--lr", 1e30, "--clip-grad", 0, "--warmup-steps", 0, "--output-dir", tmp_path / "wild"]
-    run = train_py(*flags, *wild)
-    assert run.returncode == 1
-    step = int(re.fullmatch(r"train.py: .* step (\d+),.*\n", run.stderr)[1])
-    assert all(int(path.stem[5:]) < step for path in (tmp_path / "wild").glob("step-*.npz"))
-    assert len(metrics(tmp_path / "wild")) == step - 1  # what was printed is written
-    folder = tmp_path / "small"
-    flags = [*TINY, "--steps", 20, "--save-every", 10, "--eager", "--output-dir", folder]
-    run_here(*flags)
-    tenth, twentieth = sorted(folder.glob("step-*.npz"))
-    twentieth.unlink()
-    before = tenth.read_bytes()
-    command = " ".join(map(str, [sys.executable, "train.py", *flags, "--resume"]))
-    small = ["bash", "-c", f"ulimit -f 200; exec {command}"]  # of 1,024 bytes a file
-    run = subprocess.run(small, cwd=HERE, env=CLEAN, capture_output=True, text=True)
-    assert run.returncode == 1 and "train.py: [Errno 27] File too large\n" in run.stderr
-    assert list(folder.glob("step-*.npz")) == [tenth] and tenth.read_bytes() == before
-
-
-# 8. The proof as a table --------------------------------------------------------------------------
-
-
-def print_proof():
-    """A row for each mesh and mode, with two micro-batches: how far it is from one process."""
-    print("10 steps with", *ON["everything"], "(--activation-checkpoint: graph alone)")
-    print("mesh   mode   largest difference of a loss   of a weight")
-    exit_code = 0
+def print_proof(processes):
+    """A row for each mesh and mode: differences from one process, bytes by plan and by formula."""
+    print("10 steps with", ON["everything"], "(--activation-checkpoint: graph alone)")
+    print("mesh   mode   loss     weight   bytes a step: data, tensor, both, pipeline; formula")
+    exit_code, cases = 0, [case for case in EVERYTHING if np.prod(case[0]) in processes]
     with tempfile.TemporaryDirectory() as folder:
-        make_references(Path(folder), OF_EVERYTHING)
-        for n, bodies in BODIES.items():
-            names = [each for each in bodies if "everything" in each and each.endswith("-2")]
-            for name, ranks in start_ranks(n, Path(folder), names).items():
-                _, mesh, mode, _ = name.split("-")
-                failed, value = next((rank for rank in ranks if rank[0]), ranks[0])
-                row = "{:<31.1e}{:.1e}".format(*value) if value else "NOT THAT OF ONE PROCESS"
-                print(f"{mesh:<7}{mode:<7}{row}", flush=True)
-                if failed:
+        with contextlib.redirect_stdout(io.StringIO()):
+            set_folder(Path(folder))
+            depths = sorted({max(2, mesh[2]) for mesh, _, _ in cases})
+            make_references([(on, d, mode, m) for on, _, mode, m in OF_EVERYTHING for d in depths])
+        for n in processes:
+            names = [f"proof {case}" for case in cases if np.prod(case[0]) == n]
+            for name, ranks in start_ranks(n, names).items():
+                mesh, mode, _ = eval(name.partition(" ")[2])
+                error, value = next((rank for rank in ranks if rank[0]), ranks[0])
+                text = "NOT THAT OF ONE PROCESS"
+                if value:
+                    (loss, weight), moved, formula = value
+                    text = f"{loss:<9.1e}{weight:<9.1e}"
+                    if moved:
+                        text += " ".join(f"{number:,}" for number in moved.values())
+                        text += "; the same" if moved == formula else f"; {formula}"
+                print(f"{name_of(mesh):<7}{mode:<7}{text}", flush=True)
+                if error or value[1] != value[2]:
                     exit_code = 1
-                    print(failed, file=sys.stderr)
+                    print(error, file=sys.stderr)
     sys.exit(exit_code)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run_bodies(sys.argv[2:], sys.argv[1])
+    if sys.argv[1:2] == ["run"]:
+        run_bodies(sys.argv[2:])
     else:
-        print_proof()
+        print_proof([int(sys.argv[1])] if sys.argv[1:] else [2, 4, 8])

@@ -17,12 +17,12 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
 import zlib
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 from tqdm import tqdm
@@ -381,8 +381,8 @@ def launch(processes, command):
         while ranks and ranks[0].poll() is None and socket.socket().connect_ex(address):
             time.sleep(0.05)
         environment.update(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
-        end_with_parent = lambda: libc.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-        ranks.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_parent))
+        # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: the kernel ends a rank when this process has ended.
+        ranks.append(Popen(command, env=environment, preexec_fn=lambda: libc.prctl(1, 9)))
     while None in (codes := [process.poll() for process in ranks]) and not any(codes):
         time.sleep(0.05)
     for process in ranks:
