@@ -229,10 +229,10 @@ def evaluate(model, data_set, args):
         for batch, (images, _) in zip(batches, load_batches(data_set, keys, args)):
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             logits, labels = logits.astype(np.float64), targets[batch.flatten()]
-            label_logits = logits[np.arange(len(labels)), labels]
-            losses.extend(np.logaddexp.reduce(logits, 1) - label_logits)
+            loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(labels)), labels]
+            losses.extend(loss)
             best = np.argsort(-logits, 1, kind="stable")[:, :5]
-            hits.extend((best == labels[:, None]) & ~np.isnan(label_logits[:, None]))
+            hits.extend((best == labels[:, None]) & ~np.isnan(loss[:, None]))
     model.train()
     losses, hits = losses[:length], np.array(hits[:length])  # the last batch was filled up
     top1, top5 = hits[:, 0].mean(), hits.sum(1).mean()
