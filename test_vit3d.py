@@ -251,8 +251,8 @@ def check_against_one_process(mesh, on, depth, mode, micro_batches=1):
 
 EVERYTHING = [(mesh, "graph", 2) for mesh in SMALL + LARGE]
 EVERYTHING += [(mesh, "eager", 2) for mesh in SMALL]
-TESTED = [case for case in EVERYTHING if case[0] not in LARGE[1:]]
-TESTED += [((2, 2, 2), "graph", 4), ((1, 1, 2), "graph", 1), ((2, 1, 1), "eager", 1)]
+TESTED = [case for case in EVERYTHING if case[0] in SMALL]
+TESTED += [((2, 2, 1), "graph", 4), ((1, 1, 2), "graph", 1), ((2, 1, 1), "eager", 1)]
 
 
 def with_everything_on(mesh, mode, micro_batches):
@@ -271,13 +271,9 @@ def test_with_everything_on_ten_steps_and_all_bytes_are_those_of_one_process(mes
     assert moved == formula, (moved, formula)
 
 
-ODD = (1, 2, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2)  # meshes that share 197 tokens
-STEPS = [(mesh, "197 tokens", "graph", 1) for mesh in ODD]
-for mesh in MESHES:
-    if max(mesh) == 4:
-        STEPS.append((mesh, "nothing", "eager", 1))
-        if np.prod(mesh) == 4 or mesh in ((4, 2, 1), (1, 2, 4)):
-            STEPS.append((mesh, "nothing", "graph", 1))
+STEPS = [(mesh, "197 tokens", "graph", 1) for mesh in ((1, 2, 1), (2, 4, 1), (1, 4, 2))]
+STEPS += [(mesh, "nothing", "eager", 1) for mesh in MESHES if max(mesh) == 4]
+STEPS += [(mesh, "nothing", "graph", 1) for mesh in ((4, 1, 1), (1, 4, 1), (1, 1, 4))]
 STEPS += [((2, 1, 1), "dropout", "graph", 1), ((1, 2, 2), "sequence", "graph", 1)]
 # Micro-batches of one image.
 STEPS += [((2, 2, 2), "sequence", "graph", 8), ((2, 2, 1), "sequence", "eager", 8)]
@@ -657,7 +653,7 @@ def test_each_dropout_drops_its_share_in_its_place():
             masks.append((kept.shape, kept.tobytes()))
             assert abs(kept.mean() - 1 + rate) <= 4 * np.sqrt(rate * (1 - rate) / kept.size)
     path, attention, output, mlp = (calls for k, (_, calls) in drops.items() if ".1." in k)
-    assert len(set(masks)) == len(masks) - 2  # block 0's paths drop nothing: equal masks
+    assert len(set(masks)) == len(masks) - 1  # block 0's two paths drop nothing
     assert np.array_equal(path[0][0], output[0][1]) and np.array_equal(path[1][0], mlp[0][1])
     np.testing.assert_allclose(attention[0][0].sum(-1), 1, rtol=1e-5)
 
@@ -899,7 +895,7 @@ def test_a_mistake_is_told_in_one_sentence(bad_folders, flags):
     ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9", "loss (nan|inf) at step .: lower --lr"),
 ])  # fmt: skip
 def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags, message):
-    run = train_py(*re.sub("([A-Z]{3,})", rf"{bad_folders}/\\1", flags).split())
+    run = train_py(*re.sub("([A-Z]{3,})", rf"{bad_folders}/\1", flags).split())
     assert run.returncode == 2, run.stderr
     assert len(re.findall(f"^train.py: .*{message}", run.stderr, re.M)) == 1, run.stderr
     assert "Traceback" not in run.stderr
