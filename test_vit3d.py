@@ -530,14 +530,9 @@ def test_cuda_is_the_choice_only_where_its_code_runs_and_each_process_has_a_gpu(
         monkeypatch.setattr(flow.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: gpus[gpu])
         assert why_not_cuda(processes) == reason
-        dist.setup()
-        assert dist.device_type == ("cpu" if why_not_cuda(1) else "cuda")
-
-
-def test_the_engine_is_set_up_for_the_processor():
-    has = {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split())
-    assert os.environ.get("OPENBLAS_CORETYPE") is not None or not has
-    assert "ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD" in os.environ or Path("/dev/nvidiactl").exists()
+    monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: (8, 0))
+    dist.setup()
+    assert dist.device_type == "cuda"
 
 
 @on_meshes(((1, 1, 2),))
@@ -572,10 +567,10 @@ def test_what_does_not_fit_is_a_usage_error_on_every_rank(mesh):
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2)
 PIXELS = np.random.default_rng(0).standard_normal((128, 3, 16, 16)).astype("f4")
 MEAN, STD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]).reshape(2, 3, 1, 1)  # ImageNet
-PAPERS = dict(  # width, depth, MLP, heads, millions of parameters
-    tiny=(192, 12, 768, 3, 5.7), small=(384, 12, 1536, 6, 22), base=(768, 12, 3072, 12, 86),
-    large=(1024, 24, 4096, 16, 307), huge=(1280, 32, 5120, 16, 632),
-    giant=(1408, 40, 6144, 16, 1011), gigantic=(1664, 48, 8192, 16, 1843))  # fmt: skip
+PAPERS = dict(  # width, depth, heads, MLP
+    tiny=(192, 12, 3, 768), small=(384, 12, 6, 1536), base=(768, 12, 12, 3072),
+    large=(1024, 24, 16, 4096), huge=(1280, 32, 16, 5120), giant=(1408, 40, 16, 6144),
+    gigantic=(1664, 48, 16, 8192))  # fmt: skip
 
 
 def small_model(mesh=(1, 1, 1), spread=0.0, **options):
@@ -689,23 +684,20 @@ def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tm
 
 
 def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(tmp_path):
-    ramp = np.concatenate(np.meshgrid(4 * np.arange(64), 5 * np.arange(48), 77), -1)
-    for split, name in itertools.product(("train", "val"), ("wasp/2.png", "bee/0.png")):
-        path = tmp_path / split / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = ramp.astype("u1") if "wasp" in name else np.full((40, 40), 100, "u1")
-        Image.fromarray(image).save(path)
-    center = Image.fromarray(ramp.astype("u1")).resize((24, 18), Image.BILINEAR)  # 18 = 16 / 0.875
-    want = np.stack([center.crop((4, 1, 20, 17)), np.full((16, 16, 3), 100)])
-    want = (want.transpose(0, 3, 1, 2) / 255 - MEAN) / STD
+    ramp = np.concatenate(np.meshgrid(4 * np.arange(64), 5 * np.arange(48), 77), -1).astype("u1")
+    for split, name in itertools.product(("train", "val"), ("bee", "wasp")):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.fromarray(ramp).save(tmp_path / split / name / "0.png")
+    center = Image.fromarray(ramp).resize((24, 18), Image.BILINEAR).crop((4, 1, 20, 17))
+    want = (np.array(center).transpose(2, 0, 1) / 255 - MEAN) / STD  # 18 = 16 / 0.875
     flags = f"--data {tmp_path} --random-erasing 0.99 --rand-augment rand-m9"
     train_set, val_set = train.build_data_sets(train.parse_arguments(flags.split()), 16)
     plain, _ = train.build_data_sets(train.parse_arguments(f"{flags} --no-augment".split()), 16)
     for images in (val_set, plain):
         assert [images[0, i][2] for i in (1, 0)] == [1, 0] == list(images.targets)[::-1]
-        np.testing.assert_allclose([images[0, i][1] for i in (1, 0)], want, atol=1e-5, rtol=0)
-    seen = [train_set[key][1] for key in ((0, 1), (0, 1), (1, 1))]
-    assert np.array_equal(seen[0], seen[1]) and (seen[0] != seen[2]).any()
+        np.testing.assert_allclose(images[0, 1][1], want, atol=1e-5, rtol=0)
+    first, again, next_epoch = (train_set[key][1] for key in ((0, 1), (0, 1), (1, 1)))
+    assert np.array_equal(first, again) and (first != next_epoch).any()
 
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_other_noise():
@@ -737,18 +729,13 @@ def test_initial_weights_have_the_distribution_of_their_kind():
         assert (abs(w).max() <= 3**0.5) == uniform, name
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_sizes_and_parameters_are_those_of_the_papers(name):
-    family, patch = name.split("_")[1], int(name.split("_")[2][5:])
-    width, depth, mlp, heads, millions = PAPERS[family]
-    block = 4 * width * (width + 1) + width * (2 * mlp + 1) + mlp + 4 * width
-    outside = (3 * patch**2 + 4) * width + 1000 * (width + 1)
-    count = outside + depth * block + ((224 // patch) ** 2 + 1) * width
-    assert count / 1e6 == pytest.approx(millions, rel=0.05) and len(MODELS) == 11
-    dist.setup()
-    one = VisionTransformer(**{**MODELS[name], "depth": 1}, img_size=patch)  # of one patch
-    assert (MODELS[name]["depth"], MODELS[name]["num_heads"]) == (depth, heads)
-    assert sum(w.numel() for w in one.parameters()) == outside + block + 2 * width
+def test_sizes_are_those_of_the_papers():
+    for name, size in MODELS.items():
+        _, family, patch, _ = name.split("_")
+        mlp = int(size["embed_dim"] * size.get("mlp_ratio", 4))
+        assert (size["embed_dim"], size["depth"], size["num_heads"], mlp) == PAPERS[family], name
+        assert patch == f"patch{size['patch_size']}"
+    assert len(MODELS) == 11
 
 
 @on_meshes(((1, 1, 2), 0), ((1, 2, 1), 0.1), ((2, 2, 1), 0), ((1, 2, 2), 0.1))
