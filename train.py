@@ -69,9 +69,8 @@ class FolderImages(datasets.ImageFolder):
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
                 auto_augment=args.rand_augment, re_prob=args.random_erasing,
             )
-        except (FileNotFoundError, AssertionError) as error:  # of folders, of the policy
-            flags = f"--data {args.data}, --rand-augment {args.rand_augment}"
-            raise UsageError(f"{flags}: {str(error) or 'no policy'}") from None
+        except (OSError, AssertionError) as error:  # of folders, of the policy
+            raise UsageError(f"--data, --rand-augment {args.rand_augment}: {error}") from None
 
     def __getitem__(self, key):
         path, target = self.samples[key[1]]
@@ -156,8 +155,9 @@ class TrainGraph(nn.Graph):
         super()._generate_config_proto()
         decay, no_decay = self.config.proto.train_conf.optimizer_conf
         decay.variable_op_names.extend(no_decay.variable_op_names)
-        patterns = [f"^{name}$" for name in no_decay.variable_op_names]
-        decay.weight_decay_conf.excludes.pattern.extend(patterns)
+        if decay.HasField("weight_decay_conf"):  # SGD has its own for each variable
+            patterns = [f"^{name}$" for name in no_decay.variable_op_names]
+            decay.weight_decay_conf.excludes.pattern.extend(patterns)
         del self.config.proto.train_conf.optimizer_conf[-1]
 
     def build(self, images, labels):
@@ -280,6 +280,7 @@ def load_checkpoint(trainer, path, args, run=None):
     if run is None:
         head = tuple(trainer.model.head.bias.shape)
         keep_head = "head.bias" in arrays and arrays["head.bias"].shape != head
+        require(not (keep_head and args.eval_only), f"{path}: its head is for other classes")
         if keep_head and dist.rank == 0:
             print(f"{path}: its head is for other classes and is not loaded")
         is_timm = "blocks.0.attn.qkv.weight" in arrays
@@ -418,7 +419,6 @@ def main(args):
     mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
     dist.setup(*mesh, sizes["depth"], args.shard_params, args.sequence_parallel)
     require(not args.amp or dist.device_type == "cuda", f"--amp needs CUDA: {dist.no_cuda}")
-
     train, val = build_data_sets(args, sizes["img_size"])
     num_classes = args.num_classes or len(train.classes)
     require(num_classes >= len(train.classes), f"--num-classes: below {len(train.classes)} folders")
@@ -493,8 +493,8 @@ if __name__ == "__main__":
     except Exception as error:
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
-            time.sleep(dist.rank)  # rank 0 tells what all find: its end ends the others
-            text = f"train.py: {str(error).splitlines()[-1]}"
+            time.sleep(min(dist.rank, 9))  # rank 0 tells what all find: its end ends the others
+            text = " ".join(["train.py:", *str(error).splitlines()[-1:]])
             print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)
         finally:
             os._exit(exit_code)  # the engine's own end would wait for the other ranks
