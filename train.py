@@ -122,7 +122,7 @@ def load_batches(data_set, keys, args, mixup=None):
             np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i]]).encode()))
             pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
         return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
-    # Files are read in other processes: here transforms would seed dropout's masks.
+    # Files are read in other processes: in this one transforms would reset dropout's masks.
     workers = args.workers if args.data else 0
     return DataLoader(data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate)
 

@@ -19,8 +19,8 @@ entry for the data-parallel and one for the tensor-parallel axis. The pipeline h
 are placements on other processes. Every process runs the whole program; outside an operator's
 placement it computes nothing.
 
-Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), below "the
-paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer models", below
+Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called "the
+paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer models", called
 "LiBai", whose names are kept; "Megatron-LM" (Shoeybi et al., 2019, arXiv:1909.08053).
 """
 
@@ -41,7 +41,7 @@ if not os.path.exists("/dev/nvidiactl"):  # no GPU: eager 2x2x2 on 2 cores takes
     os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
 if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
     os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # its OpenBLAS can miss newer AVX2
-# It is linked against these libraries and does not find them in the packages that hold them.
+# OneFlow is linked against these libraries, and does not find them in the packages of nvidia.
 libraries = ["libmkl_rt.so.2"]  # that of the package mkl, if it is there, replaces OpenBLAS
 libraries += [f"nvidia/cublas/lib/libcublas{name}.so.11" for name in ("Lt", "")]
 names = "ops_infer", "ops_train", "cnn_infer", "cnn_train"
@@ -255,7 +255,7 @@ def gelu(x):
 
 
 class Linear(Layer):
-    """y = x W^T + b with W whole ("data"), split by columns of W^T ("col") or by its rows ("row").
+    """y = x W^T + b, W not split ("data"), split by columns of W^T ("col") or its rows ("row").
 
     x: (..., in_features), y: (..., out_features), the sbp of both as in `forward`. W is stored as
     (out_features, in_features), so that "col" is S(0) and "row" is S(1). Initial weights: normal,
@@ -283,7 +283,7 @@ class Linear(Layer):
         split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
         # Each move gives grad_sbp. Where the sbp of a gradient is left open in a graph, the engine
-        # may choose one for which it moves a parameter by itself, and then aborts.
+        # may choose one for which it must move the parameter itself: it aborts (see `gather`).
         if self.parallel == "data":
             x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
             x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x W^T [B, B] -> [S(0), B]
