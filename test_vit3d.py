@@ -257,7 +257,7 @@ def check_against_one_process(mesh, on, mode, micro_batches):
 EVERYTHING = [(mesh, "everything", "graph", 2) for mesh in SMALL + LARGE]
 EVERYTHING += [(mesh, "everything", "eager", 2) for mesh in SMALL]
 CASES = [case for case in EVERYTHING if case[0] in SMALL]
-CASES += [((2, 2, 1), "everything", "graph", 4), ((2, 1, 1), "everything", "eager", 1)]
+CASES += [((2, 1, 1), "everything", "graph", 4), ((2, 1, 1), "everything", "eager", 1)]
 for mesh in SMALL:
     data, tensor, _ = (size > 1 for size in mesh)
     CASES += [(mesh, "nothing", "graph", 2)] + [(mesh, "zero", "graph", 2)] * data
@@ -265,7 +265,7 @@ for mesh in SMALL:
     CASES += [(mesh, "zero and sequence", "graph", 2)] * (data and tensor)
     CASES += [(mesh, "nothing", "graph", 1)] * (sorted(mesh) == [1, 1, 2])
 CASES += [((2, 1, 1), "zero", "graph", 1), ((1, 2, 1), "checkpoint", "graph", 2)]
-CASES += [(mesh, "197 tokens", "graph", 1) for mesh in ((1, 2, 1), (2, 4, 1), (1, 4, 2))]
+CASES += [(mesh, "197 tokens", "graph", 1) for mesh in ((1, 2, 1), (1, 4, 2))]
 CASES += [(mesh, "nothing", "eager", 1) for mesh in MESHES if max(mesh) == 4]
 CASES += [(mesh, "nothing", "graph", 1) for mesh in ((4, 1, 1), (1, 4, 1), (1, 1, 4))]
 CASES += [((2, 1, 1), "dropout", "graph", 1)]
@@ -940,7 +940,9 @@ def start(folder, *flags):
     ("", "--pipeline-parallel 2 --accumulation-steps 2"),
 ])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path, mode, other):
-    flags = [*TINY, *mode.split(), "--steps", 40, "--save-every", 2, "--eval-every", 20]
+    make_folder(tmp_path / "images", dict(train=16, val=2))
+    flags = [*TINY, *mode.split(), "--data", tmp_path / "images", "--workers", 1]
+    flags += ["--steps", 40, "--save-every", 2, "--eval-every", 20]
     two = ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4]
     proxy = dict(http_proxy="http://127.0.0.1:9")  # it is not asked
     run = train_py(*flags, *two, "--output-dir", tmp_path / "full", **proxy)
