@@ -119,7 +119,7 @@ def load_batches(data_set, keys, args, mixup=None):
             return images, labels
         pairs = []
         for i in range(0, len(samples), 2):
-            np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i]]).encode()))
+            np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i], "mix"]).encode()))
             pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
         return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
     # Files are read in other processes: in this one transforms would reset dropout's masks.
