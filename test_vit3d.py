@@ -160,7 +160,7 @@ class Trainer(train.Trainer):
         for group in self.optimizer.param_groups:
             # Adam divides by the size of the gradient. That of a key's bias is zero but for
             # rounding, which eps 1e-8 would let become whole steps, different on each mesh.
-            group["eps"] = 1e-5
+            group["eps"] = 1e-4
         self.losses, Trainer.last = [], self
 
     def step(self, images, labels):
