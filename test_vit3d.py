@@ -1029,7 +1029,6 @@ def test_a_checkpoint_is_complete_or_the_one_before_and_written_before_validatio
     assert run.returncode == 2 and "val/class0/0.png cannot be read as an image" in run.stderr
     before = (tmp_path / "run/checkpoint.npz").read_bytes()
     command = [sys.executable, "train.py", *flags, "--output-dir", tmp_path / "run", "--eager"]
-    np.savez(tmp_path / "weights.npz", **full_weights(small_model()))
     small = f"ulimit -f 200; exec {' '.join(map(str, command))} --steps 3 --save-every 1"
     (tmp_path / "run/metrics.jsonl").unlink()
     run = subprocess.run(["bash", "-c", small], cwd=HERE, env=CLEAN, capture_output=True, text=True)
