@@ -34,19 +34,26 @@ import sys
 
 import numpy as np
 
-# Loading the wheel of OneFlow 0.9.0. Skip it at a first reading: the mesh is next.
+# Loading the wheel of OneFlow 0.9.0. Skip these lines at a first reading: the mesh is next.
 # The engine's search for detours between two sbp aborts on micro-batches of one image.
 os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: eager 2x2x2 on 2 cores takes 0.6 s, not 1.7
     os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
-if {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
-    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # its OpenBLAS can miss newer AVX2
+# OpenBLAS knows by name no processor that is newer than itself, so it is told what to use. It has
+# one thread: the engine computes products that do not wait for each other on threads of its own.
+cpu_flags = open("/proc/cpuinfo").read().split()
+if "avx2" in cpu_flags:
+    core_type = "SkylakeX" if "avx512dq" in cpu_flags else "Haswell"
+    os.environ.setdefault("OPENBLAS_CORETYPE", core_type)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# An OpenBLAS that is loaded first takes the place of the engine's own. That one stops at AVX2, and
+# it leaves the processor in a state in which loops such as GELU's run two to three times as long.
+libraries = ["scipy_openblas32/lib/libopenblas_python.so"]
 # OneFlow is linked against these libraries, and does not find them in the packages of nvidia.
-libraries = ["libmkl_rt.so.2"]  # that of the package mkl, if it is there, replaces OpenBLAS
 libraries += [f"nvidia/cublas/lib/libcublas{name}.so.11" for name in ("Lt", "")]
 names = "ops_infer", "ops_train", "cnn_infer", "cnn_train"
 libraries += [f"nvidia/cudnn/lib/libcudnn_{name}.so.8" for name in names]
-for library, folder in itertools.product(libraries, [f"{sys.prefix}/lib", *sys.path]):
+for library, folder in itertools.product(libraries, sys.path):
     with contextlib.suppress(OSError):
         ctypes.CDLL(f"{folder}/{library}", mode=ctypes.RTLD_GLOBAL)
 import oneflow as flow
@@ -227,12 +234,9 @@ class Layer(nn.Module):
         return parameter.to_global(sbp=sbp, grad_sbp=self.dist.get_nd_sbp([P, tensor_sbp]))
 
 
-# Two operators have one form for CPUs and one for CUDA. The forms for CUDA were not run.
-
-
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x, (..., c)."""
-    if x.placement.type == "cuda":
+    if x.placement.type == "cuda":  # was not run
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
     # On the CPU the engine has no layer_norm kernel, and adding (..., 1) to (..., c) is 100 times
     # slower than the product with a row of ones that spreads it.
@@ -244,14 +248,6 @@ def layer_norm(x, weight, bias, eps):
     variance = flow.matmul(x.square(), average)
     scale = flow.matmul(flow.rsqrt(variance + eps), weight.reshape(1, -1))
     return x * scale + bias
-
-
-def gelu(x):
-    """x * (1 + erf(x / sqrt(2))) / 2, elementwise, on any sbp."""
-    if x.placement.type == "cuda":
-        return flow.gelu(x)
-    # The same function. With the engine's own a whole step on the CPU takes 1.4 times as long.
-    return x * (0.5 + 0.5 * flow.erf(x * math.sqrt(0.5)))
 
 
 class Linear(Layer):
@@ -401,7 +397,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(output_dropout_prob)
 
     def forward(self, x):
-        x = gelu(self.dense_h_to_4h(x))  # [S(0), B] -> [S(0), S(2)]: elementwise, no move
+        x = flow.gelu(self.dense_h_to_4h(x))  # [S(0), B] -> [S(0), S(2)]: elementwise, no move
         return self.dropout(self.dense_4h_to_h(x))  # [S(0), S(2)] -> [S(0), B]
 
 
