@@ -9,15 +9,16 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
     P     partial: each process holds a summand, the tensor is their sum
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
-placement: the engine finds the communication (all-reduce, all-gather, send) for it. Backward, the
-gradient goes back to the input's placement, in the sbp `grad_sbp` if that is given.
-`to_global` on a local tensor declares: this is my part of a global tensor. (Along an axis that is
-B the engine sends the first process's tensor to the others.)
+placement: the engine finds the communication for it (all-reduce, all-gather, send). In the backward
+pass the gradient is moved, too. It goes back to the placement of the input. Its sbp becomes
+`grad_sbp`; if none is given, it keeps the sbp in which it arrives.
+`to_global` on a local tensor declares: this is my part of a global tensor. Along an axis that is B
+the engine sends the first process's tensor to the others.
 
-The axes have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
-entry for the data-parallel and one for the tensor-parallel axis. The pipeline has none: its stages
-are placements on other processes. Every process runs the whole program; outside an operator's
-placement it computes nothing.
+Arguments have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
+entry for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry:
+its stages are placements on other processes. Every process runs the whole program; outside an
+operator's placement it computes nothing.
 
 Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called "the
 paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer models", called
@@ -34,7 +35,8 @@ import sys
 
 import numpy as np
 
-# Loading the wheel of OneFlow 0.9.0. Skip these lines at a first reading: the mesh is next.
+# 0. Loading OneFlow 0.9.0: skip this at a first reading ------------------------------------------
+
 # The engine's search for detours between two sbp aborts on micro-batches of one image.
 os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: eager 2x2x2 on 2 cores takes 0.6 s, not 1.7
@@ -92,10 +94,10 @@ class Dist:
     ):
         """Lay the mesh over all processes. Call it before a model is built.
 
-        `pipeline_num_layers` layers are dealt evenly to the stages. With `shard_params` weights are
-        stored split along the data-parallel axis, too; with `sequence_parallel` the tensor-parallel
-        ranks share the tokens between layers, too. Raises UsageError for a mesh that the processes
-        or the layers do not fit, and for a device_type 'cuda' whose GPUs cannot run it.
+        The stages share the `pipeline_num_layers` layers evenly. With `shard_params` the replicas
+        share the storage of the weights. With `sequence_parallel` the ranks of the tensor-parallel
+        axis share the tokens between layers. Raises UsageError for a mesh that the processes or
+        the layers do not fit, and for a device_type 'cuda' whose GPUs cannot run it.
         """
         d, t, p = data_parallel_size, tensor_parallel_size, pipeline_parallel_size
         require(
@@ -106,8 +108,8 @@ class Dist:
         self.data_parallel_size = d
         self.tensor_parallel_size = t
         self.pipeline_parallel_size = p
-        # ranks[replica, shard, stage]. 2x2x2: stage 0 is [[0, 1], [2, 3]], stage 1 is
-        # [[4, 5], [6, 7]]; a row is a replica.
+        # ranks[replica, tensor_rank, stage] = (stage * d + replica) * t + tensor_rank. 2x2x2: stage
+        # 0 is [[0, 1], [2, 3]], stage 1 is [[4, 5], [6, 7]]; a row is a replica.
         self.ranks = np.arange(self.world_size).reshape(p, d, t).transpose(1, 2, 0)
         # The engine sorts the ranks of a placement without a word.
         assert (np.diff(self.ranks.reshape(-1, p), axis=0) > 0).all(), "a stage's ranks must rise"
@@ -115,9 +117,10 @@ class Dist:
         self.sequence_parallel = sequence_parallel
         layers = pipeline_num_layers or 0
         require(p == 1 or layers >= p, f"pipeline_num_layers {layers} is below the {p} stages")
-        # The larger shares come last: later stages hold fewer micro-batches in flight.
-        shares = np.array_split(np.arange(layers), p)[::-1]
-        self.layer_stage_ids = [stage for stage, share in enumerate(shares) for _ in share]
+        # 6 layers over 4 stages are 1, 1, 2, 2. The larger shares come last: a later stage keeps
+        # the activations of fewer micro-batches.
+        sizes = [(layers + stage) // p for stage in range(p)]
+        self.layer_stage_ids = [stage for stage, size in enumerate(sizes) for _ in range(size)]
         self.no_cuda = why_not_cuda(self.world_size // flow.env.get_node_size())
         self.device_type = device_type or ("cpu" if self.no_cuda else "cuda")
         require(self.device_type in ("cpu", "cuda"), f"{device_type!r} must be 'cpu' or 'cuda'")
@@ -125,9 +128,10 @@ class Dist:
         require(can_run, f"device_type 'cuda' cannot run, take 'cpu': {self.no_cuda}")
 
     def get_coordinates(self, rank=None):
-        """(replica, tensor-parallel shard, stage) of a rank; of this process if none is given."""
-        replica, shard, stage = np.argwhere(self.ranks == (self.rank if rank is None else rank))[0]
-        return int(replica), int(shard), int(stage)
+        """(replica, tensor_rank, stage) of a rank; of this process if none is given."""
+        rank = self.rank if rank is None else rank
+        replica, tensor_rank, stage = np.argwhere(self.ranks == rank)[0]
+        return int(replica), int(tensor_rank), int(stage)
 
     def get_layer_stage_id(self, layer_idx):
         """The pipeline stage of a layer; negative indices count from the end."""
@@ -151,9 +155,10 @@ class Dist:
         return [sbp for sbp, size in zip(sbp_list, self.ranks.shape) if size > 1] or [B]
 
     def get_hidden_sbp(self):
-        """The sbp of (b, n, c) between layers: a rank has its replica's tokens.
+        """The sbp of (b, n, c) between layers: each rank has all tokens of its replica's images.
 
-        With sequence parallelism (Korthikanti et al., 2022, arXiv:2205.05198, 4.2.2) some of them.
+        With sequence parallelism it has some of them (Korthikanti et al., 2022, arXiv:2205.05198,
+        section 4.2.2).
         """
         return self.get_nd_sbp([S(0), S(1) if self.sequence_parallel else B])
 
@@ -182,7 +187,8 @@ def distribute(tensor, placement, sbp):
 
     So a weight that all ranks draw alike is the same on every mesh, however it is split.
     """
-    tensor = tensor.to_global(placement=placement, sbp=[B] * len(sbp))  # each rank has all of it
+    # The first move declares it as B (and the engine sends it all the same), the second cuts it.
+    tensor = tensor.to_global(placement=placement, sbp=[B] * len(sbp))
     return tensor.to_global(sbp=sbp)
 
 
@@ -201,37 +207,41 @@ class Layer(nn.Module):
         self.layer_idx = layer_idx
         self.dist = copy.copy(dist)
 
-    def new_parameter(self, tensor, tensor_sbp=B):
+    def new_parameter(self, tensor, tensor_axis_sbp=B):
         """A local CPU tensor, the same on every rank -> a parameter on the layer's placement.
 
-        Stored as [B, tensor_sbp]; with `shard_params` as [S(i), tensor_sbp], i the first dimension
-        that data_parallel_size divides and tensor_sbp does not split.
+        It is stored as [B, tensor_axis_sbp], or with `shard_params` as [S(i), tensor_axis_sbp]: i
+        is the first dimension that data_parallel_size divides and tensor_axis_sbp does not split.
+        A parameter that has no such dimension stays whole on each replica.
         """
         data_sbp = B
         if self.dist.shard_params:
             size = self.dist.data_parallel_size
             fits = [S(i) for i, n in enumerate(tensor.shape) if n % size == 0]
-            data_sbp = next((sbp for sbp in fits if sbp != tensor_sbp), B)
+            data_sbp = next((sbp for sbp in fits if sbp != tensor_axis_sbp), B)
         placement = self.dist.get_layer_placement(self.layer_idx)
-        sbp = self.dist.get_nd_sbp([data_sbp, tensor_sbp])
+        sbp = self.dist.get_nd_sbp([data_sbp, tensor_axis_sbp])
         return nn.Parameter(distribute(tensor, placement, sbp))
 
-    def gather(self, parameter, tensor_sbp=B):
-        """A parameter as `forward` uses it, [B, tensor_sbp]; tensor_sbp as in `new_parameter`.
+    def gather(self, parameter, tensor_axis_sbp=B):
+        """A parameter as `forward` uses it: [B, tensor_axis_sbp], as given to `new_parameter`.
 
-        With `shard_params` that is an all-gather, and the gradient is reduce-scattered. Source:
-        ZeRO, stage 3 (Rajbhandari et al., 2020, arXiv:1910.02054): together the replicas hold the
-        weights, their gradients and the optimizer's state once. The gathered copy lives until its
-        backward pass.
+        Without `shard_params` that is how it is stored. With it the replicas hold the weights,
+        their gradients and the optimizer's state once, together. (Source: ZeRO, stage 3,
+        Rajbhandari et al., 2020, arXiv:1910.02054.) The gathered copy lives until the layer's
+        backward pass has used it.
         """
         if not self.dist.shard_params:
             return parameter
-        sbp = self.dist.get_nd_sbp([B, tensor_sbp])
-        # The engine aborts on moving a parameter itself to another sbp; it moves a copy.
+        sbp = self.dist.get_nd_sbp([B, tensor_axis_sbp])
+        partial_sbp = self.dist.get_nd_sbp([P, tensor_axis_sbp])
+        # The engine aborts on moving a parameter itself, so it moves a copy: `* 1.0`.
+        # This move is ZeRO-3. Forward it is an all-gather, backward a reduce-scatter.
         parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Forward this second move does nothing. Backward it makes [P, P] -> [P, B] -> [S(0), B]:
-        # [P, P] is the gradient of LayerNorm's weights where tokens are split, too.
-        return parameter.to_global(sbp=sbp, grad_sbp=self.dist.get_nd_sbp([P, tensor_sbp]))
+        # Of this move only the backward matters: it sums a gradient over the tensor-parallel ranks
+        # first. [P, P] -> [P, B] -> [S(0), B] takes two moves; the engine has no single one. A norm
+        # has such a gradient under sequence parallelism.
+        return parameter.to_global(sbp=sbp, grad_sbp=partial_sbp)
 
 
 def layer_norm(x, weight, bias, eps):
@@ -251,12 +261,16 @@ def layer_norm(x, weight, bias, eps):
 
 
 class Linear(Layer):
-    """y = x W^T + b, W not split ("data"), split by columns of W^T ("col") or its rows ("row").
+    """y = x W^T + b, with the weight whole ("data") or shared by the tensor-parallel ranks.
 
-    x: (..., in_features), y: (..., out_features), the sbp of both as in `forward`. W is stored as
-    (out_features, in_features), so that "col" is S(0) and "row" is S(1). Initial weights: normal,
-    std 0.02 (LiBai); initial bias: zero. Raises UsageError if tensor_parallel_size does not divide
-    the features that are split. Source: Megatron-LM, section 3.
+    "col", for two ranks:  W^T = [W_1, W_2]   y = [x W_1, x W_2]      x whole, y split by features
+    "row", for two ranks:  W^T = [W_1]        y = x_1 W_1 + x_2 W_2   x split by features, y whole
+                                 [W_2]
+
+    x: (..., in_features), y: (..., out_features). W is stored as (out_features, in_features), so
+    "col" is S(0) and "row" is S(1). Initial weights: normal, std 0.02 (LiBai); initial bias: zero.
+    Raises UsageError if tensor_parallel_size does not divide the features that are split. Source:
+    Megatron-LM, section 3.
     """
 
     def __init__(self, in_features, out_features, bias=True, parallel="data", *, layer_idx=0):
@@ -278,8 +292,8 @@ class Linear(Layer):
         full_sbp, hidden_sbp = self.dist.get_nd_sbp([S(0), B]), self.dist.get_hidden_sbp()
         split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
-        # Each move gives grad_sbp. Where the sbp of a gradient is left open in a graph, the engine
-        # may choose one for which it must move the parameter itself: it aborts (see `gather`).
+        # Each move gives grad_sbp. The gradient of x is dx = dy W. A dy in another sbp asks for W in
+        # another sbp, and the engine aborts on moving a parameter (see `gather`).
         if self.parallel == "data":
             x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
             x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x W^T [B, B] -> [S(0), B]
@@ -319,8 +333,8 @@ class Dropout(nn.Module):
 
     The mask is the one that a single process would draw, on every mesh: each call of `flow.rand`
     takes a seed from the generator of every rank, whichever stage it runs on. The price: each rank
-    draws the numbers of the whole batch and keeps its slice. The engine's own dropout draws one
-    mask for all dropouts of one shape, on all ranks.
+    draws the numbers of the whole batch and keeps its slice. (Do not take the engine's own dropout:
+    two dropouts whose inputs have one shape get the same mask there.)
     """
 
     def __init__(self, p=0.0, *, layer_idx=None):
@@ -460,8 +474,8 @@ class TransformerLayer(Layer):
         self.mlp = MLP(hidden_size, ffn_hidden_size, output_dropout_prob, layer_idx=layer_idx)
 
     def forward(self, x):
-        # The step from one pipeline stage to the next: a send. Within a stage it does nothing, and
-        # in a graph with stage ids the engine has done it. The sbp stays: no grad_sbp is needed.
+        # The step from one pipeline stage to the next is a send. Within a stage this line does
+        # nothing. In a graph with stage ids the engine moves x before the block is called.
         x = x.to_global(placement=self.dist.get_layer_placement(self.layer_idx))
         x = x + self.drop_path(self.self_attention(self.input_layernorm(x)))
         return x + self.drop_path(self.mlp(self.post_attention_layernorm(x)))
@@ -520,7 +534,7 @@ class VisionTransformer(Layer):
         self.norm = LayerNorm(embed_dim, layer_norm_eps, layer_idx=-1)
         self.head = Linear(embed_dim, num_classes, layer_idx=-1)
         self.loss_func = nn.CrossEntropyLoss() if loss_func is None else loss_func
-        self.loss_func.layer_idx = -1  # for `set_pipeline_stage_id`
+        self.loss_func.layer_idx = -1  # of the last stage
 
     def no_weight_decay(self):
         """Names of the parameters that no weight decay should touch, beside biases and norms."""
@@ -555,27 +569,8 @@ class VisionTransformer(Layer):
 
     @staticmethod
     def set_pipeline_stage_id(model):
-        """Give each part of a model its stage; call it in an `nn.Graph`'s __init__.
-
-        `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`, a
-        parameter that of its placement. A module without `layer_idx` has the stage of the module
-        around it. The placements alone make a pipeline; with the stage ids the engine also puts
-        buffers between stages, so that forward and backward of different micro-batches run at
-        once, as in 1F1B.
-        """
-        # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
-        # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
-        # stage are moved there: not the model's own, or the labels would go to stage 0.
-        mesh = getattr(model.to(nn.Module), "dist", dist)  # the one that the model was built on
-        for module in model.modules():
-            layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
-            if layer_idx is not None and module is not model:
-                stage = mesh.get_layer_stage_id(layer_idx), mesh.get_layer_placement(layer_idx)
-                module.to(nn.graph.GraphModule).set_stage(*stage)
-        for parameter in model.parameters():
-            placement = parameter.to(flow.Tensor).placement
-            _, _, stage_id = mesh.get_coordinates(placement.ranks.flat[0])
-            parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
+        """LiBai's name for the function `set_pipeline_stage_id` below."""
+        set_pipeline_stage_id(model)
 
 
 # 4. Weights in and out --------------------------------------------------------------------------
@@ -663,7 +658,33 @@ def to_timm_state_dict(model):
     return arrays
 
 
-# 5. What a first reading can leave out ----------------------------------------------------------
+# 5. The rest of the mesh: stages in a graph, devices, a picture ----------------------------------
+
+
+def set_pipeline_stage_id(model):
+    """Give each part of a model its pipeline stage; call it in an `nn.Graph`'s __init__.
+
+    `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`; one without
+    has that of the module around it. A parameter has the stage of its placement.
+
+    The placements alone make a pipeline, in which one micro-batch runs after the other. With stage
+    ids the engine puts buffers between the stages that keep what the backward pass will need. So a
+    stage can begin the next micro-batch before the backward pass of the last one is back: 1F1B.
+    Nobody writes a schedule. Each stage computes whatever has arrived.
+    """
+    # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
+    # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
+    # stage are moved there: not the model's own, or the labels would go to stage 0.
+    mesh = getattr(model.to(nn.Module), "dist", dist)  # the one that the model was built on
+    for module in model.modules():
+        layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
+        if layer_idx is not None and module is not model:
+            stage = mesh.get_layer_stage_id(layer_idx), mesh.get_layer_placement(layer_idx)
+            module.to(nn.graph.GraphModule).set_stage(*stage)
+    for parameter in model.parameters():
+        placement = parameter.to(flow.Tensor).placement
+        _, _, stage_id = mesh.get_coordinates(placement.ranks.flat[0])
+        parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
 
 
 def why_not_cuda(processes):
