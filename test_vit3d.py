@@ -7,14 +7,12 @@
 To see what is true, read the first test, in section 1, and TABLE, in section 2.
 
 How a test runs on many processes, in order:
-
-1. The body of a test under `@on_meshes(...)` is put into BODIES when this file is imported.
+1. When this file is imported, the body of each test under `@on_meshes(...)` is put into BODIES.
 2. pytest is one process. Its first test that needs, say, 4 processes starts this file on 4 more,
    the ranks, by train.py's own launcher: `python test_vit3d.py run NAMES`.
 3. Each rank runs the bodies of NAMES, one after the other. For each it writes a line to its file:
    what the body returned, or the traceback of its failure.
 4. pytest reads these files. A test fails if its body failed on any rank.
-
 The ranks start once for all tests of 4 processes, as a start takes longer than most tests.
 """
 
@@ -142,10 +140,7 @@ def start_ranks(n, names):
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory, request):
-    """launched(n, name): run this test's body on n ranks, and fail as it failed on one of them.
-
-    The first call with n runs all bodies of n ranks whose tests pytest has collected.
-    """
+    """launched(n, name) fails if the body failed on a rank. Its first call runs all bodies of n."""
     collected, results = {item.name for item in request.session.items}, {}
     set_folder(tmp_path_factory.mktemp("ranks"))
     ids = {name.partition("[")[2] for name in collected}
@@ -231,7 +226,7 @@ def run_main(*flags):
 
 
 def train_steps(mesh, on, mode, micro_batches, depth):
-    """Train by train.py, on 16 images a step -> losses, full weights."""
+    """Train by train.py, on 16 images a step -> {"losses": losses, name: full weight}."""
     flags = [*TINY, "--depth", depth, "--data", FOLDER / "images", "--workers", 1]
     flags += ["--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
     for name, size in zip(("data", "tensor", "pipeline"), mesh):
@@ -243,7 +238,7 @@ def train_steps(mesh, on, mode, micro_batches, depth):
         flags = [flag for flag in flags if flag != "--activation-checkpoint"] + ["--eager"]
     trainer = run_main(*flags)
     weights = {name: full_array(weight) for name, weight in trainer.model.named_parameters()}
-    return np.array(trainer.losses), weights
+    return {"losses": np.array(trainer.losses), **weights}
 
 
 def make_folder(root, per_class):
@@ -274,19 +269,16 @@ def reference_of(mesh, on, mode, micro_batches):
     # These four change where things lie, and not what is computed.
     if on in ("zero", "sequence", "zero and sequence", "checkpoint"):
         on = "nothing"
-    # A graph draws other masks than eager mode does. There all are drawn from one stream, so
-    # that their order follows the micro-batches.
-    if "--drop-rate" not in ON[on]:
-        mode = "eager"
-    parts = micro_batches if mode == "eager" and "--drop-rate" in ON[on] else 1
-    return on, mode, parts, depth
+    if "--drop-rate" not in ON[on]:  # a graph computes what eager mode does
+        return on, "eager", 1, depth
+    # A graph draws other masks than eager mode, whose masks follow the order of micro-batches.
+    return on, mode, micro_batches if mode == "eager" else 1, depth
 
 
 def make_references(cases):
     """Train on one process what these cases are held against, and save it."""
     for reference in sorted({reference_of(*case) for case in cases}):
-        losses, weights = train_steps((1, 1, 1), *reference)
-        np.savez(FOLDER / f"{reference}.npz", losses=losses, **weights)
+        np.savez(FOLDER / f"{reference}.npz", **train_steps((1, 1, 1), *reference))
 
 
 def new_model(depth):
@@ -300,16 +292,15 @@ def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, 
     reference = reference_of(mesh, on, mode, parts)
     want, depth = np.load(FOLDER / f"{reference}.npz"), reference[-1]
     with the_plan() as plan:
-        losses, weights = train_steps(mesh, on, mode, parts, depth)
-    of_loss = abs(losses - want["losses"]).max()
-    of_weight = {name: abs(weight - want[name]).max() for name, weight in weights.items()}
-    assert {"losses", *weights} == {*want}
-    assert of_loss < 1e-5, f"losses {losses}, of one process {want['losses']}"
-    assert max(of_weight.values()) < 1e-5, {k: v for k, v in of_weight.items() if v >= 1e-5}
+        got = train_steps(mesh, on, mode, parts, depth)
+    assert {*got} == {*want}
+    differences = {name: float(abs(got[name] - want[name]).max()) for name in got}
+    too_large = {name: value for name, value in differences.items() if not value < 1e-5}
+    assert not too_large, too_large
     moved = None
     if dist.rank == 0 and mode == "graph" and on != "197 tokens":
         flags = (f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation"))
-        moved = bytes_by_axis(plan, mesh)
+        moved = bytes_by_axis(plan)
         formula = bytes_by_formula(mesh, parts, depth, *flags)
         assert moved == formula, (moved, formula)
         # Stage ids put buffers between stages, for micro-batches that overlap.
@@ -317,13 +308,13 @@ def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, 
         assert buffers == (mesh[2] > 1 and parts > 1)
         # The formulas leave out scalars, such as the norm of the gradients: they are few.
         assert sum(4 * times for *_, times, elements in plan if elements == 1) < 2000
-    return float(of_loss), float(max(of_weight.values())), moved
+    return differences.pop("losses"), max(differences.values()), moved
 
 
 # 3. Every mesh moves what the formulas say --------------------------------------------------------
 
-# The engine's plan has a text for each rank. An operator copy_comm_net_N in it is a message that
-# this rank receives: from which operator and rank, how often in a step, and of what shape.
+# The engine's plan has a text for each rank. In it an operator copy_comm_net_N is a message that
+# this rank receives. It says from which operator and rank, how often in a step, and of what shape.
 MESSAGE = re.compile(
     r"name : copy_comm_net_.*\n  consume : copy_in : <- \[ (\S+) \] \( actor_id: \d+ , rank: (\d+),"
     r".*time_shape: \((.*?)\), shape: \((.*?)\)"
@@ -332,10 +323,10 @@ MESSAGE = re.compile(
 
 @contextlib.contextmanager
 def the_plan():
-    """A list of the messages of the graphs compiled within, on rank 0 alone, which has the plan.
+    """Yield a list, to which the end of the `with` adds the messages of the graphs compiled in it.
 
-    A message is (operator, source rank, rank, times in a step, elements). Operators that are
-    buffers between stages are in it, too, as (operator, rank, rank, 0, 0).
+    It stays empty but on rank 0, which has the plan. A message is (operator, source rank, rank,
+    times in a step, elements). A buffer between stages is listed as (operator, rank, rank, 0, 0).
     """
     session, messages = session_context.GetDefaultSession(), []
     session.TryInit()
@@ -347,23 +338,22 @@ def the_plan():
     session.update_resource_eagerly(resource)
     plans = Path(os.environ["GLOG_log_dir"]).glob("**/*_light_plan")
     for path in plans if dist.rank == 0 else ():
-        rank, text = int(re.search(r"rank_(\d+)_light", path.name)[1]), path.read_text()
-        for operator, source, times, shape in MESSAGE.findall(text):
-            times, elements = (
-                math.prod(map(int, re.findall(r"\d+", sizes))) for sizes in (times, shape)
-            )
+        rank = int(re.search(r"rank_(\d+)_light", path.name)[1])
+        text = path.read_text()
+        for operator, source, *shapes in MESSAGE.findall(text):
+            times, elements = (math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes)
             messages.append((operator, int(source), rank, times, elements))
         for operator in re.findall(r"name : (System-Pipeline-Buffer-Op_\S+)", text):
             messages.append((operator, rank, rank, 0, 0))
         path.unlink()
 
 
-def bytes_by_axis(plan, mesh):
+def bytes_by_axis(plan):
     """Bytes that all ranks receive, by the axis along which they come. Scalars are left out."""
     moved = dict.fromkeys(("data", "tensor", "data and tensor", "pipeline"), 0)
     for _, source, rank, times, elements in plan:
         pairs = zip(dist.get_coordinates(source), dist.get_coordinates(rank))
-        data, tensor, pipeline = (a != b for a, b in pairs)
+        data, tensor, pipeline = (a != b for a, b in pairs)  # along which axes do they differ?
         axes = [name for name, differs in (("data", data), ("tensor", tensor)) if differs]
         if elements > 1:
             moved["pipeline" if pipeline else " and ".join(axes)] += 4 * times * elements
@@ -413,7 +403,7 @@ def test_without_stage_ids_there_are_no_buffers_between_stages(mesh):
     assert not any("Pipeline-Buffer" in operator for operator, *_ in plan)
 
 
-# 4. Where what lies -------------------------------------------------------------------------------
+# 4. Which rank holds what -------------------------------------------------------------------------
 
 
 @on_meshes(*((mesh,) for mesh in MESHES))
@@ -423,7 +413,7 @@ def test_each_rank_holds_its_slice_of_the_layers_of_its_stage_and_nothing_else(m
     model = new_model(stages)
     stage, shard = dist.rank // (data * tensor), dist.rank % tensor
     for name, weight in model.named_parameters():
-        want, part = full_array(weight), weight.to_local().numpy()
+        want, part = full_array(weight), weight.to_local().numpy()  # the whole, this rank's part
         home = stages - 1 if name.startswith(("norm", "head")) else 0
         if name.startswith("blocks"):
             home = int(name.split(".")[1])
@@ -1088,15 +1078,15 @@ def print_proof(processes):
     """A row for each mesh and mode: differences from one process, bytes by plan and by formula."""
     print("Trained with", ON["everything"], "(--activation-checkpoint: graph alone)")
     print("mesh   mode   loss     weight   bytes a step: data, tensor, both, pipeline; formula")
-    proof = [case for case in CASES if case[1] == "everything" and case[3] == 2]
-    proof = [case for case in proof if math.prod(case[0]) in processes]
+    cases = [case for case in CASES if case[1] == "everything" and case[3] == 2]
+    cases = [case for case in cases if math.prod(case[0]) in processes]
     exit_code = 0
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             set_folder(Path(folder))
-            make_references(proof)
+            make_references(cases)
         for n in processes:
-            names = [name for name, (_, case) in BODIES[n].items() if case in proof]
+            names = [name for name, (_, case) in BODIES[n].items() if case in cases]
             for name, ranks in start_ranks(n, names).items():
                 mesh, _, mode, _ = name.partition("[")[2].split("-")
                 text = "NOT AS ONE PROCESS, OR NOT THE BYTES OF THE FORMULA"
