@@ -45,9 +45,9 @@ from PIL import Image
 
 import train
 from vit3d import (
-    MODELS, B, Dropout, Linear, MultiheadAttention, PatchEmbedding, S,
-    TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, draw_mesh, flow,
-    full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
+    MODELS, B, Dropout, Linear, MultiheadAttention, P, PatchEmbedding, S,
+    TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, distribute, draw_mesh,
+    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
 )  # fmt: skip
 
 # flowvision's own create_transform passes what its Resize warns of.
@@ -361,7 +361,7 @@ def bytes_by_axis(plan):
 
 
 def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
-    """What `bytes_by_axis` must be for the model of `train_steps`: README, 'What moves'."""
+    """What `bytes_by_axis` must be for `train_steps`: README, 'Know what a mesh sends'."""
     d, t, p = mesh
     m, c, classes = micro_batches, 32, 16
     x = 4 * (16 // d // m) * 17 * c  # the tokens of a micro-batch of a replica
@@ -459,6 +459,18 @@ def test_the_picture_of_the_mesh_shows_which_ranks_are_a_replica_of_which_stage(
     ]
     assert dist.get_coordinates() == (dist.rank // 2 % 2, dist.rank % 2, dist.rank // 4)
     assert type(dist)().ranks.shape == (8, 1, 1)  # replicas, until a mesh is laid out
+
+
+@on_meshes(((2, 2, 1),))
+def test_the_first_picture_of_the_readme_shows_what_each_rank_holds(mesh):
+    dist.setup(*mesh)
+    lines = (HERE / "README.md").read_text().splitlines()
+    rows = [re.findall(r"(\d[ \d]*?) *│", line) for line in lines if line.startswith("│ ")]
+    replica, tensor_rank, _ = dist.get_coordinates()
+    x = distribute(flow.tensor([[1, 2], [3, 4]]), dist.get_layer_placement(0), [B, B])
+    for i, sbp in enumerate(([S(0), B], [S(0), S(1)], [S(0), P])):
+        part = x.to_global(sbp=sbp).to_local().numpy().flatten()
+        assert rows[replica][2 * i + tensor_rank].split() == list(map(str, part)), sbp
 
 
 @on_meshes(((1, 2, 1),))
