@@ -85,7 +85,7 @@ class FolderImages(datasets.ImageFolder):
                 std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
             )
         except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
-            raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
+            raise UsageError(f"--data {root}, --rand-augment {args.rand_augment}: {error}") from None
 
     def find_classes(self, root):
         names = [name for name in super().find_classes(root)[0] if name[0] != "."]
@@ -513,7 +513,7 @@ def main(args):
     if dist.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{draw_mesh(dist)}\n{count:,} parameters, {batch_size} images a step, {steps} steps")
-        print(f"{images} images to train, {len(val.targets)} to validate, {len(val.classes)} classes")
+        print(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
 
     # weights from a file
     flags = {name: str(value) for name, value in vars(args).items()}
