@@ -47,8 +47,8 @@ from oneflow.utils.data import DataLoader, Dataset
 class SyntheticImages(Dataset):
     """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size).
 
-    A data set of your own has `classes`; `targets`, one an image; `samples`, its files, which all
-    ranks must list alike; and `__getitem__`.
+    One of your own has `classes`, `targets` and `__getitem__`, too, and `samples`: what all ranks
+    must list alike, its files.
     """
 
     def __init__(self, split, img_size, args):
@@ -69,10 +69,7 @@ class SyntheticImages(Dataset):
 
 
 class FolderImages(datasets.ImageFolder):
-    """Images in ImageNet's layout, DIR/SPLIT/CLASS/*; items as above, augmented for training.
-
-    Names that begin with a dot are neither classes nor images: .ipynb_checkpoints, ._0.jpg.
-    """
+    """Images in ImageNet's layout, DIR/SPLIT/CLASS/*; items as above, augmented for training."""
 
     def __init__(self, split, img_size, args):
         root, self.seed = str(args.data / split), args.seed
@@ -85,8 +82,9 @@ class FolderImages(datasets.ImageFolder):
                 std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
             )
         except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
-            raise UsageError(f"--data {root}, --rand-augment {args.rand_augment}: {error}") from None
+            raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
 
+    # Names that begin with a dot are neither classes nor images: .ipynb_checkpoints, ._0.jpg.
     def find_classes(self, root):
         names = [name for name in super().find_classes(root)[0] if name[0] != "."]
         return names, {name: i for i, name in enumerate(names)}
@@ -106,15 +104,6 @@ class FolderImages(datasets.ImageFolder):
                 return key, self.transform(image.convert("RGB")).numpy(), target
         except Exception as error:  # decoders raise many kinds
             raise UsageError(f"{path} cannot be read as an image: {error}") from None
-
-
-def build_data_sets(args, img_size):
-    """The training and the validation images; with --eval-only the latter twice."""
-    kind = FolderImages if args.data else SyntheticImages
-    val = kind("val", img_size, args)
-    train = val if args.eval_only else kind("train", img_size, args)
-    require(train.classes == val.classes, f"--data {args.data}: train and val have other classes")
-    return train, val
 
 
 def training_keys(length, batch_size, args, first_step, last_step):
@@ -180,7 +169,7 @@ class TrainGraph(nn.Graph):
         super()._generate_config_proto()
         groups = self.config.proto.train_conf.optimizer_conf
         rates = {group.base_learning_rate for group in groups}
-        error_message = "a graph takes two groups of one rate; for more, README 'Make it yours'"
+        error_message = "a graph here takes two groups of one rate: see README 'Make it yours'"
         require(len(groups) == 2 and len(rates) == 1, error_message)
         decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
@@ -329,11 +318,9 @@ def load_initial_weights(model, path, run, args):
 def load_checkpoint(trainer, path, run):
     """Load all that the same run goes on from. -> the step it was saved after"""
     arrays, record = read_arrays(path, run)
-    before, now = record.get("classes", []), run["classes"]
-    require(before == now, f"{path}: its classes were others: {sorted({*before} ^ {*now})[:9]}")
-    for name in ("batch_size", "steps", "sizes", "eager"):
-        before, now = record.get(name), run[name]
-        require(before == now, f"{path}: {name} was {before} and must not be {now}")
+    for name in ("batch_size", "steps", "sizes", "eager", "classes"):
+        before, now = str(record.get(name)), str(run[name])
+        require(before == now, f"{path}: {name} was {before:.500} and must not be {now:.500}")
     load_weights(trainer.model, arrays)
     weights, state = dict(trainer.model.named_parameters()), {}
     first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
@@ -478,7 +465,10 @@ def main(args):
     mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
     dist.setup(*mesh, sizes["depth"], args.shard_params, args.sequence_parallel)
     require(not args.amp or dist.device_type == "cuda", f"--amp needs CUDA: {dist.no_cuda}")
-    train, val = build_data_sets(args, sizes["img_size"])
+    data_set = FolderImages if args.data else SyntheticImages
+    val = data_set("val", sizes["img_size"], args)
+    train = val if args.eval_only else data_set("train", sizes["img_size"], args)
+    require(train.classes == val.classes, f"--data {args.data}: train and val have other classes")
     num_classes = args.num_classes or len(val.classes)
     require(num_classes >= len(val.classes), f"--num-classes: below {len(val.classes)} folders")
     sizes.update(num_classes=num_classes, layer_norm_eps=args.layer_norm_eps)
