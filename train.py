@@ -47,8 +47,8 @@ from oneflow.utils.data import DataLoader, Dataset
 class SyntheticImages(Dataset):
     """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size).
 
-    One of your own has `classes`, `targets` and `__getitem__`, too, and `samples`: what all ranks
-    must list alike, its files.
+    One of your own has `classes`, `targets`, `__getitem__` and `samples`: a list, as of its files,
+    that must be the same on all ranks.
     """
 
     def __init__(self, split, img_size, args):
@@ -380,14 +380,14 @@ def parse_arguments(argv=None):
     add("--clip-grad", type=float, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
     add("--amp", action="store_true", help="half precision (graph, CUDA)")
-    add("--eager", action="store_true", help="no nn.Graph; grows 13 to 22 kB a step: short runs")
+    add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, help="steps from one validation to the next")
     add("--eval-only", action="store_true", help="no training, only --init-from or --resume")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoint.npz go")
     add("--save-every", type=int, help="steps from one checkpoint to the next (an epoch)")
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
-    add("--init-from", type=Path, metavar="FILE", help=".npz, .safetensors: ours, timm's")
+    add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
     at_most_1 = "drop_rate attn_drop_rate drop_path_rate random_erasing crop_pct".split()
     for name, value in vars(args).items():
@@ -561,7 +561,8 @@ if __name__ == "__main__":
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
             time.sleep(min(dist.rank, 9))  # rank 0 tells what all find: its end ends the others
-            text = " ".join(["train.py:", *str(error).splitlines()[-1:]])
+            # What comes from a reader's process has its traceback in front.
+            text = "train.py: " + str(error).rpartition("UsageError: ")[2].strip()
             print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)
         finally:
             os._exit(exit_code)  # the engine's own end would wait for the other ranks
