@@ -26,12 +26,14 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
@@ -42,6 +44,7 @@ import pytest
 from flowvision.models import vision_transformer
 from oneflow.framework import session_context
 from PIL import Image
+from safetensors.numpy import save_file
 
 import train
 from vit3d import (
@@ -516,7 +519,7 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
     state["pos_embed"][0, 1:] = (np.arange(4.0) ** 2).repeat(4)[:, None]  # rises by row
     with pytest.raises(UsageError, match=r"head.* has shape \(3.*\), in the model \(5"):
         load_timm_state_dict(large, state)
-    load_timm_state_dict(large, state, keep_head=True)
+    load_timm_state_dict(large, state, skip_head=True)
     assert np.array_equal(full_array(large.head.weight), head)
     grid = full_array(large.pos_embed)[0, 1:].reshape(8, 8, 8)
     assert np.allclose(grid[:, :1], grid)
@@ -693,21 +696,57 @@ def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tm
     assert gaps.min() > 1e-5, changed
 
 
-def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(tmp_path):
+OTHERS = np.array([(0.5, 0.4, 0.3), (0.3, 0.2, 0.1)]).reshape(2, 3, 1, 1)
+FLAGS = "--mean 0.5 0.4 0.3 --std 0.3 0.2 0.1 --crop-pct 0.5 --interpolation bicubic"
+
+
+@pytest.mark.parametrize("flags, size, corner, interpolation, mean, std", [
+    ("", (24, 18), (4, 1), "BILINEAR", MEAN, STD),  # 18 = 16 / 0.875
+    (FLAGS, (42, 32), (13, 8), "BICUBIC", *OTHERS),
+], ids=["ImageNet's", "others"])  # fmt: skip
+def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(
+    tmp_path, flags, size, corner, interpolation, mean, std
+):
     ramp = np.concatenate(np.meshgrid(4 * np.arange(64), 5 * np.arange(48), 77), -1).astype("u1")
     for split, name in itertools.product(("train", "val"), ("bee", "wasp")):
         (tmp_path / split / name).mkdir(parents=True)
         Image.fromarray(ramp).save(tmp_path / split / name / "0.png")
-    center = Image.fromarray(ramp).resize((24, 18), Image.BILINEAR).crop((4, 1, 20, 17))
-    want = (np.array(center).transpose(2, 0, 1) / 255 - MEAN) / STD  # 18 = 16 / 0.875
-    flags = f"--data {tmp_path} --random-erasing 0.99 --rand-augment rand-m9"
-    train_set, val_set = train.build_data_sets(train.parse_arguments(flags.split()), 16)
-    plain, _ = train.build_data_sets(train.parse_arguments(f"{flags} --no-augment".split()), 16)
+    x, y = corner
+    center = Image.fromarray(ramp).resize(size, Image.Resampling[interpolation])
+    want = np.array(center.crop((x, y, x + 16, y + 16))).transpose(2, 0, 1) / 255
+    flags = f"--data {tmp_path} --random-erasing 0.99 --rand-augment rand-m9 {flags}"
+    args = train.parse_arguments(flags.split())
+    train_set, val_set = (train.FolderImages(split, 16, args) for split in ("train", "val"))
+    args.no_augment = True
+    plain = train.FolderImages("train", 16, args)
     for images in (val_set, plain):
         assert [images[0, i][2] for i in (1, 0)] == [1, 0] == list(images.targets)[::-1]
-        np.testing.assert_allclose(images[0, 1][1], want, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(images[0, 1][1], (want - mean) / std, atol=1e-5, rtol=0)
     first, again, next_epoch = (train_set[key][1] for key in ((0, 1), (0, 1), (1, 1)))
     assert np.array_equal(first, again) and (first != next_epoch).any()
+
+
+def test_names_with_a_dot_in_front_are_neither_classes_nor_images(tmp_path):
+    make_folder(tmp_path, dict(train=2, val=1))
+    image = tmp_path / "train/class0/1.png"
+    for name in (".ipynb_checkpoints/0.png", "class0/.cache/0.png", "class0/._0.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / "train" / name)
+    (tmp_path / "train/class0/more").mkdir()
+    image.rename(tmp_path / "train/class0/more/1.png")  # folders within a class are read
+    images = train.FolderImages("train", 16, train.parse_arguments(["--data", str(tmp_path)]))
+    assert images.classes == ["class0", "class1", "class2"]
+    assert images.targets == [0, 0, 1, 1, 2, 2] and len(images.samples) == 6
+
+
+@pytest.mark.parametrize("kind, form", [("u2", "png"), ("u2", "tif"), ("i4", "tif"), ("f4", "tif")])
+def test_an_image_that_is_not_of_8_bits_is_refused_by_name(tmp_path, kind, form):
+    make_folder(tmp_path, dict(train=1, val=1))
+    path = tmp_path / f"val/class0/0.{form}"
+    Image.fromarray(np.full((8, 8), 999, kind)).save(path)
+    images = train.FolderImages("val", 16, train.parse_arguments(["--data", str(tmp_path)]))
+    with pytest.raises(UsageError, match=rf"{path} cannot be read.*: mode (I|I;16|F) is not of 8"):
+        images[0, images.samples.index((str(path), 0))]
 
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_other_noise():
@@ -718,7 +757,7 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_oth
     assert np.array_equal(epochs.T, [[0, 1, 2]] * 12) and set(orders.flat) == set(range(14))
     assert [len(set(order)) for order in orders] == [12] * 3 and len(set(map(str, orders))) == 3
     assert list(train.training_keys(14, 4, args, 4, 9)) == steps[4:]  # as when resumed
-    sets = train.build_data_sets(args, 16)
+    sets = [train.SyntheticImages(split, 16, args) for split in ("train", "val")]
     assert [(len(images.targets), images.targets[6]) for images in sets] == [(4096, 2), (1000, 2)]
     seen = np.array([[images[i % 3, i][1].flat for i in range(400)] for images in sets])
     patterns = seen.reshape(2, 100, 4, -1).mean(1, keepdims=True)  # sample i is of class i % 4
@@ -781,7 +820,8 @@ def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(me
 def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
     args = train.parse_arguments("--micro-batch-size 5".split())
     model = small_model(spread=0.1, drop_rate=0.5)
-    images, labels = train.SyntheticImages("val", 23, 10, 16, 0), np.arange(23) % 10
+    images, labels = train.SyntheticImages("val", 16, args), np.arange(23) % 10
+    images.targets = images.targets[:23]
     pixels = batch_to_global(np.stack([images[0, i][1] for i in range(23)]), 0)
     logits = full_array(model.eval()(pixels)["prediction_scores"]).astype(float)
     w, label_logits = full_weights(model), logits[np.arange(23), labels]
@@ -796,6 +836,33 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
         load_weights(model, {**w, "head.weight": scale * w["head.weight"], "head.bias": bias})
         got = train.evaluate(model.train(), images, args)
         assert list(got.values()) == pytest.approx(want, nan_ok=True) and model.training
+
+
+class TwoLabels(train.Dataset):
+    """A data set of one's own: six images with two labels each."""
+
+    classes, targets, samples = list(range(10)), np.eye(10)[:6] + np.eye(10)[1:7], []
+
+    def __getitem__(self, key):
+        return key, PIXELS[key[1]], self.targets[key[1]]
+
+
+def test_where_targets_are_not_classes_another_score_is_enough(monkeypatch):
+    args, model = train.parse_arguments("--micro-batch-size 4".split()), small_model()
+    monkeypatch.setattr(train, "score", lambda x, targets: dict(share=(0 * x + targets).mean(1)))
+    assert train.evaluate(model, TwoLabels(), args) == dict(share=pytest.approx(0.2), images=6)
+
+
+def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
+    args, model = train.parse_arguments([]), small_model()
+    for count, lr in ((3, 0.1), (2, 0.2)):
+        groups = [dict(params=[p]) for p in list(model.parameters())[:count]]
+        groups[1]["lr"] = lr
+        trainer = SimpleNamespace(model=model.train(), optimizer=flow.optim.AdamW(groups, lr=0.1))
+        trainer.scheduler = train.lr_scheduler.CosineDecayLR(trainer.optimizer, 9)
+        with pytest.raises(UsageError, match="a graph here takes two groups of one rate: see"):
+            batch = batch_to_global(PIXELS[:2], 0), batch_to_global(np.arange(2), -1)
+            train.TrainGraph(trainer, args)(*batch)
 
 
 # 7. The script ------------------------------------------------------------------------------------
@@ -838,21 +905,31 @@ MISTAKES = {
     "--stage": "unrecognized arguments: --stage",
     "--model vit_nano": "invalid choice: 'vit_nano' .choose from 'vit_tiny_patch16_224', ",
     "--resume": "--resume needs --output-dir",
-    "--eval-only": "--eval-only needs --init-from",
+    "--eval-only": "--eval-only needs --init-from or --resume",
     "--micro-batch-size -1": "--micro-batch-size -1 must be at least 1",
     "--lr nan": "--lr nan must be at least 0",
     "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size must be even",
+    "--random-erasing 1.1": "--random-erasing 1.1 must be at most 1",
+    "--drop-path-rate 2": "--drop-path-rate 2.0 must be at most 1",
+    "--crop-pct 87.5": "--crop-pct 87.5 must be at most 1",
+    "--label-smoothing 1": "--label-smoothing 1.0 must be below 1",
+    "--mean 124 116 104": "--mean, --std: of pixels from 0 to 1",
+    "--eager --activation-checkpoint": "--activation-checkpoint: not with --eager",
+    "--eager --amp": "--amp, .*: not with --eager",
     "--amp": "--amp needs CUDA: 0 GPUs",
-    "--data NOWHERE": "--data.*No such file or directory: .*NOWHERE/train",
-    "--data BARE": "--data.*Found no valid file for the classes a",
+    "--data NOWHERE": "NOWHERE/val, .*No such file or directory: .*NOWHERE/val",
+    "--data BARE": "BARE/val, .*Found no valid file for the classes a",
+    "--data HOLLOW": "HOLLOW/val, .*Couldn't find any class folder",
     "--data ODD": "--data .*ODD: train and val have other classes",
     "--data FEW --num-classes 1": "--num-classes: below 2 folders",
     "--data FEW --rand-augment wild": "--rand-augment wild: Unknown AA policy",
     "--data FEW": "a batch of 32 is more than 4 images",
-    "--data FEW --micro-batch-size 4 --init-from NOWHERE": "NOWHERE must be an .npz file",
-    "--init-from VOID": "VOID must be an .npz file",
-    "--resume --output-dir OUT": "OUT/checkpoint.npz must be an .npz file: .*No such file",
-    "--output-dir VOID": "take another --output-dir, or --resume: .*VOID",
+    "--init-from NOWHERE.npz": "NOWHERE.npz must be an .npz or .safetensors file: .*No such file",
+    "--init-from NOWHERE.pth": "NOWHERE.pth must be an .npz or .safetensors file: '.pth'",
+    "--init-from VOID.npz": "VOID.npz must be an .npz or .safetensors file: No data left",
+    "--init-from VOID.safetensors": "VOID.safetensors must be an .* file: .*header too small",
+    "--eval-only --resume --output-dir OUT": "OUT/checkpoint.npz must be .*: .*No such file",
+    "--output-dir VOID.npz": "--output-dir: .*File exists: .*VOID",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
 
@@ -862,6 +939,7 @@ def bad_folders(tmp_path_factory):
     root, image = tmp_path_factory.mktemp("bad"), Image.new("RGB", (8, 8))
     for name, train_classes, val_classes, count in (
         ("BARE", "a", "a", 0),
+        ("HOLLOW", "", "", 0),
         ("ODD", "ab", "a", 2),
         ("BROKEN", "a", "a", 2),
         ("FEW", "ab", "ab", 2),
@@ -873,7 +951,8 @@ def bad_folders(tmp_path_factory):
                 for i in range(count):
                     image.save(root / name / split / label / f"{i}.png")
     (root / "BROKEN/train/a/1.png").write_text("not an image")
-    (root / "VOID").touch()
+    (root / "VOID.npz").touch()
+    (root / "VOID.safetensors").touch()
     return root
 
 
@@ -895,7 +974,7 @@ def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags
     run = train_py(*re.sub("([A-Z]{3,})", rf"{bad_folders}/\1", flags).split())
     assert run.returncode == 2, run.stderr
     assert len(re.findall(f"^train.py: .*{message}", run.stderr, re.M)) == 1, run.stderr
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr and "UsageError" not in run.stderr
 
 
 LAUNCH = "import vit3d; from oneflow.distributed import launch; launch.main()"
@@ -919,11 +998,26 @@ def test_under_other_launchers_a_run_does_not_start_again_and_a_mistake_is_told_
     env = {**CLEAN, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command, runs = [sys.executable, "train.py", *flags], []
     for rank in "01":  # as a scheduler does
-        env.update(RANK=rank, LOCAL_RANK=rank)
+        env.update(RANK=rank, LOCAL_RANK=rank, SLURM_STEP_NUM_TASKS="2")
         runs.append(subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True))
         time.sleep(1)  # rank 0 listens first
     texts = [run.communicate(timeout=60)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0] and texts[1] == "" and "step 2 " in texts[0]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_run_that_a_scheduler_started_several_times_without_ranks_is_refused(name):
+    for flags in ([], ["--data-parallel", "2"]):
+        run = train_py(*TINY, *flags, **{name: "2"})
+        assert run.returncode == 2 and run.stdout == ""
+        assert "train.py: 2 processes, each alone: set RANK, WORLD_SIZE" in run.stderr
+
+
+@on_meshes(((1, 4, 1),))
+def test_sequence_parallelism_needs_a_token_for_each_rank(mesh):
+    dist.setup(*mesh, sequence_parallel=True)
+    with pytest.raises(UsageError, match="sequence_parallel: 2 tokens are fewer than 4 ranks"):
+        VisionTransformer(16, 16, 3, 32, 1, 4)
 
 
 @pytest.mark.parametrize("index, processes", [(0, 2), (1, 8)], ids=["first", "whole"])
@@ -1034,9 +1128,9 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     for source in (checkpoint, tmp_path / "timm.npz"):
         other = tmp_path / f"of-{source.stem}"
         run_main(*TINY, "--eval-only", "--init-from", source, "--output-dir", other)
-        assert metrics(other) == [{**last, "step": 0}]
+        assert metrics(other) == [{**last, "step": 4 if source == checkpoint else 0}]
     for more, message in (
-        ("--eager", "take another --output-dir, or --resume: .*File exists"),
+        ("--eager", "checkpoint.npz exists: --resume .*, or take another --output-dir"),
         ("--eager --resume --micro-batch-size 8", "batch_size was 32 and must not be 8"),
         ("--eager --resume --steps 5", "steps was 4 and must not be 5"),
         ("--eager --resume --num-heads 2", "sizes was .* and must not be"),
@@ -1060,16 +1154,94 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     assert checkpoint.read_bytes() == before
 
 
+def test_renamed_classes_are_refused_and_another_number_of_images_is_told(tmp_path, capsys):
+    make_folder(tmp_path, dict(train=4, val=1))
+    checkpoint = tmp_path / "run/checkpoint.npz"
+    flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 4, "--eager"]
+    run = [*flags, "--steps", 2, "--output-dir", tmp_path / "run"]
+    run_main(*run)
+    before = full_weights(Trainer.last.model)
+    assert "images: 12 to train, 3 to validate; 3 classes" in capsys.readouterr().out
+    for split in ("train", "val"):
+        (tmp_path / split / "class0").rename(tmp_path / split / "zebra")
+    with pytest.raises(UsageError, match="its head is for other classes"):
+        run_main(*flags, "--eval-only", "--init-from", checkpoint)
+    with pytest.raises(UsageError, match=r"classes was \['class0', .* must not be .*'zebra'\]"):
+        run_main(*run, "--resume")
+    tuned = run_main(*flags, "--steps", 1, "--lr", 0, "--init-from", checkpoint, "--seed", 7)
+    assert "its head is for other classes and is not loaded" in capsys.readouterr().out
+    for name, weight in full_weights(tuned.model).items():
+        assert np.array_equal(weight, before[name]) != name.startswith("head."), name
+    for split in ("train", "val"):
+        (tmp_path / split / "zebra").rename(tmp_path / split / "class0")
+    (tmp_path / "train/class0/0.png").unlink()
+    run_main(*run, "--resume")
+    assert "images was 12 and is 11" in capsys.readouterr().out
+
+
+def test_eval_only_needs_validation_images_and_weights_alone(tmp_path, capsys):
+    make_folder(tmp_path, dict(train=4, val=2))
+    flags = [*TINY, "--data", tmp_path, "--workers", 1, "--output-dir", tmp_path / "run"]
+    run_main(*flags, "--micro-batch-size", 12, "--steps", 3)
+    shutil.rmtree(tmp_path / "train")
+    want = metrics(tmp_path / "run")[-1]
+    for weights in (["--resume"], ["--init-from", tmp_path / "run/checkpoint.npz"]):
+        run_main(*flags, "--eval-only", *weights)
+        lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1]) == pytest.approx(want)
+    assert len(lines) == 6 and "images: 0 to train, 6 to validate" in capsys.readouterr().out
+
+
+def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told(tmp_path, capsys):
+    run = [*TINY, "--steps", 1, "--lr", 0, "--eager", "--init-from"]
+    weights = to_timm_state_dict(run_main(*run[:-1]).model)
+    path, half = tmp_path / "a.safetensors", {k: w.astype("f2") for k, w in weights.items()}
+    save_file({k: w for k, w in half.items() if "head" not in k}, path)
+    capsys.readouterr()
+    got = to_timm_state_dict(run_main(*run, path, "--seed", 3).model)
+    assert "a.safetensors: its head is for other classes and is not" in capsys.readouterr().out
+    assert all(np.array_equal(got[k], half[k].astype("f4")) == ("head.w" not in k) for k in got)
+    with pytest.raises(UsageError, match="its head is for other classes"):
+        run_main(*run, path, "--eval-only")
+    for tokens in (0, 16, 18):  # none, no class token, a second one for distillation
+        half["pos_embed"] = np.zeros((1, tokens, 32), "f2")
+        save_file(half, path)
+        with pytest.raises(UsageError, match=f"pos_embed of {tokens} tokens is not a class token"):
+            run_main(*run, path)
+    header = b'{"cls_token": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(UsageError, match="must be .*: .*'bfloat16' not understood"):
+        run_main(*run, path)
+
+
+def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_epoch(tmp_path, capsys):
+    make_folder(tmp_path, dict(train=4, val=1))
+    image, lines = tmp_path / "val/class0/0.png", tmp_path / "run/metrics.jsonl"
+    flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 6, "--steps", 6]
+    flags += ["--eager", "--eval-every", 5, "--output-dir", tmp_path / "run", "--resume"]
+    pixels = image.read_bytes()
+    image.write_text("not an image")
+    with pytest.raises(UsageError, match="cannot be read"):
+        run_main(*flags)  # nothing is there yet: it starts at step 0, and ends at step 5
+    with open(lines, "a") as file:
+        file.write('{"step": 6, "lo')  # as a kill leaves it
+    image.write_bytes(pixels)
+    run_main(*flags)
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 5, 5, 6, 6]  # an epoch is two steps
+    assert {*(tmp_path / "run").iterdir()} == {lines, tmp_path / "run/checkpoint.npz"}
+
+
 def test_a_checkpoint_is_complete_or_the_one_before_and_written_before_validation(tmp_path):
     make_folder(tmp_path / "images", dict(train=4, val=1))
     (tmp_path / "images/val/class0/0.png").write_text("not an image")
-    flags = [*TINY, "--data", tmp_path / "images", "--micro-batch-size", 12, "--epochs", 2]
+    flags = [*TINY, "--data", tmp_path / "images", "--micro-batch-size", 12, "--steps", 3]
+    flags += ["--eval-every", 2]
     run = train_py(*flags, "--output-dir", tmp_path / "run", "--eager")
     assert run.returncode == 2 and "val/class0/0.png cannot be read as an image" in run.stderr
     before = (tmp_path / "run/checkpoint.npz").read_bytes()
     command = [sys.executable, "train.py", *flags, "--output-dir", tmp_path / "run", "--eager"]
-    small = f"ulimit -f 200; exec {' '.join(map(str, command))} --steps 3 --save-every 1"
-    (tmp_path / "run/metrics.jsonl").unlink()
+    small = f"ulimit -f 200; exec {' '.join(map(str, command))} --resume"
     run = subprocess.run(["bash", "-c", small], cwd=HERE, env=CLEAN, capture_output=True, text=True)
     assert run.returncode == 1 and "File too large" in run.stderr  # 200 of 1,024 bytes
     assert (tmp_path / "run/checkpoint.npz").read_bytes() == before

@@ -24,7 +24,13 @@ import zlib
 from pathlib import Path
 from subprocess import Popen
 
+# Read before the engine is loaded: it sets WORLD_SIZE to 1 where MASTER_ADDR is missing.
+NAMES = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
+started_by_scheduler = max(int(os.environ.get(name, 1)) for name in NAMES)
+
 import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from vit3d import MODELS, B, S, UsageError, VisionTransformer, batch_to_global, dist, distribute
@@ -39,13 +45,18 @@ from oneflow.utils.data import DataLoader, Dataset
 
 
 class SyntheticImages(Dataset):
-    """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size)."""
+    """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size).
 
-    def __init__(self, split, length, num_classes, img_size, seed):
-        self.split, self.img_size, self.seed = split, img_size, seed
-        self.targets = np.arange(length) % num_classes
+    One of your own has `classes`, `targets`, `__getitem__` and `samples`: a list, as of its files,
+    that must be the same on all ranks.
+    """
+
+    def __init__(self, split, img_size, args):
+        self.split, self.img_size, self.seed = split, img_size, args.seed
+        num_classes = args.num_classes or 10
         self.classes, self.samples = list(range(num_classes)), []  # no files
-        self.patterns = np.random.default_rng(seed).standard_normal((num_classes, 3, 4, 4))
+        self.targets = np.arange(4096 if split == "train" else 1000) % num_classes
+        self.patterns = np.random.default_rng(args.seed).standard_normal((num_classes, 3, 4, 4))
 
     def __getitem__(self, key):
         """(epoch, index) -> the key, the image, its class."""
@@ -61,35 +72,38 @@ class FolderImages(datasets.ImageFolder):
     """Images in ImageNet's layout, DIR/SPLIT/CLASS/*; items as above, augmented for training."""
 
     def __init__(self, split, img_size, args):
-        self.seed = args.seed
+        root, self.seed = str(args.data / split), args.seed
         is_training = split == "train" and not args.no_augment
         try:
-            super().__init__(str(args.data / split))
+            super().__init__(root)
             self.transform = create_transform(
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
-                auto_augment=args.rand_augment, re_prob=args.random_erasing,
+                auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
+                std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
             )
-        except (OSError, AssertionError) as error:  # of folders, of the policy
-            raise UsageError(f"--data, --rand-augment {args.rand_augment}: {error}") from None
+        except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
+            raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
+
+    # Names that begin with a dot are neither classes nor images: .ipynb_checkpoints, ._0.jpg.
+    def find_classes(self, root):
+        names = [name for name in super().find_classes(root)[0] if name[0] != "."]
+        return names, {name: i for i, name in enumerate(names)}
+
+    def make_dataset(self, root, *more):
+        samples = super().make_dataset(root, *more)
+        return [sample for sample in samples if "/." not in sample[0][len(root) :]]
 
     def __getitem__(self, key):
         path, target = self.samples[key[1]]
         for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # all are drawn from
             set_seed(zlib.crc32(repr([self.seed, *key]).encode()))
         try:
-            return key, self.transform(self.loader(path)).numpy(), target
+            with Image.open(path) as image:
+                # `convert` makes 16 bits white (I, I;16) and floats black (F).
+                require(image.mode[0] not in "IF", f"mode {image.mode} is not of 8 bits")
+                return key, self.transform(image.convert("RGB")).numpy(), target
         except Exception as error:  # decoders raise many kinds
             raise UsageError(f"{path} cannot be read as an image: {error}") from None
-
-
-def build_data_sets(args, img_size):
-    """The training and the validation images."""
-    if args.data is None:
-        sizes = args.num_classes or 10, img_size, args.seed
-        return SyntheticImages("train", 4096, *sizes), SyntheticImages("val", 1000, *sizes)
-    train, val = (FolderImages(split, img_size, args) for split in ("train", "val"))
-    require(train.classes == val.classes, f"--data {args.data}: train and val have other classes")
-    return train, val
 
 
 def training_keys(length, batch_size, args, first_step, last_step):
@@ -153,12 +167,16 @@ class TrainGraph(nn.Graph):
         # The engine clips each group of parameters by its own norm. The global norm takes
         # one group, from whose decay the variables of the other are left out by name.
         super()._generate_config_proto()
-        decay, no_decay = self.config.proto.train_conf.optimizer_conf
+        groups = self.config.proto.train_conf.optimizer_conf
+        rates = {group.base_learning_rate for group in groups}
+        error_message = "a graph here takes two groups of one rate: see README 'Make it yours'"
+        require(len(groups) == 2 and len(rates) == 1, error_message)
+        decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
         if decay.HasField("weight_decay_conf"):  # SGD has its own for each variable
             patterns = [f"^{name}$" for name in no_decay.variable_op_names]
             decay.weight_decay_conf.excludes.pattern.extend(patterns)
-        del self.config.proto.train_conf.optimizer_conf[-1]
+        del groups[-1]
 
     def build(self, images, labels):
         losses = self.model(images, labels)["losses"]
@@ -180,6 +198,7 @@ class Trainer:
         for name, parameter in model.named_parameters():
             has_decay = parameter.ndim > 1 and name not in model.no_weight_decay()
             (decay if has_decay else no_decay)["params"].append(parameter)
+        # Not LAMB where weights are split: it would take the norm of a rank's slice.
         self.optimizer = flow.optim.AdamW([decay, no_decay], lr=args.lr)
         warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
         require(warmup < steps, f"--warmup-steps {warmup} must be below {steps} steps")
@@ -214,32 +233,37 @@ class Trainer:
 # 3. Evaluation and checkpoints --------------------------------------------------------
 
 
-def evaluate(model, data_set, args):
-    """Mean loss, top-1 and top-5 accuracy over all images, each counted once.
+def score(logits, targets):
+    """What `evaluate` averages: arrays (b,) by name. Of equal logits the first class is the best.
 
-    Of equal logits the first class is the best. A sample with NaN is wrong.
+    Where targets are not classes (several labels an image, numbers) replace this function alone.
     """
+    logits = logits.astype(np.float64)
+    loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
+    best = np.argsort(-logits, 1, kind="stable")[:, :5]
+    hits = (best == targets[:, None]) & ~np.isnan(loss[:, None])  # NaN is wrong
+    return dict(val_loss=loss, top1=hits[:, 0], top5=hits.any(1))
+
+
+def evaluate(model, data_set, args):
+    """The means of what `score` returns, over all images, each counted once."""
     targets, (replica, _, _) = np.array(data_set.targets), dist.get_coordinates()
     length, replicas, size = len(targets), dist.data_parallel_size, args.micro_batch_size
     batches = np.arange(length + -length % (replicas * size)).reshape(-1, replicas, size) % length
     keys = [[(0, int(index)) for index in batch[replica]] for batch in batches]
-    losses, hits = [], []
+    scores = []
     model.eval()
     with flow.no_grad():
         for batch, (images, _) in zip(batches, load_batches(data_set, keys, args)):
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
-            logits, labels = logits.astype(np.float64), targets[batch.flatten()]
-            loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(labels)), labels]
-            losses.extend(loss)
-            best = np.argsort(-logits, 1, kind="stable")[:, :5]
-            hits.extend((best == labels[:, None]) & ~np.isnan(loss[:, None]))
+            scores.append(score(logits, targets[batch.flatten()]))
     model.train()
-    losses, hits = losses[:length], np.array(hits[:length])  # the last batch was filled up
-    top1, top5 = hits[:, 0].mean(), hits.sum(1).mean()
-    return dict(val_loss=np.mean(losses), top1=top1, top5=top5, images=length)
+    of_all = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+    means = {name: of_each[:length].mean() for name, of_each in of_all.items()}  # without filling
+    return dict(means, images=length)
 
 
-def save_checkpoint(trainer, record, args):
+def save_checkpoint(trainer, record, path):
     """Write checkpoint.npz: complete, or the one before stays."""
     weights = dict(trainer.model.named_parameters())
     state = trainer.graph.state_dict() if trainer.graph else {}
@@ -255,50 +279,59 @@ def save_checkpoint(trainer, record, args):
         if dist.rank == 0:
             arrays[name if name in weights else f"optimizer/{name}"] = array
     if dist.rank == 0:
-        unfinished = args.output_dir / "unfinished.npz"
+        unfinished = path.with_name(f"unfinished-{os.getpid()}.npz")  # of this run alone
         with open(unfinished, "wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(args.output_dir / "checkpoint.npz")
+        unfinished.replace(path)
 
 
-def load_checkpoint(trainer, path, args, run=None):
-    """Load weights, ours or timm's, but no head for other classes; return step 0.
-
-    With `run`, load all that the same run goes on from; return the step it was saved after.
-    """
+def read_arrays(path, run):
+    """A file's arrays by name, and the record of the run that saved it, {} for others' weights."""
     try:
-        arrays = np.load(path)  # each array is read when it is asked for
+        arrays = {".npz": np.load, ".safetensors": load_file}[path.suffix](path)
         record = json.loads(str(arrays["run/record"])) if "run/record" in arrays else {}
-    except Exception as error:  # not there, no .npz file, damaged
-        raise UsageError(f"{path} must be an .npz file: {error}") from None
+    except Exception as error:  # another form, not there, damaged, bfloat16
+        raise UsageError(f"{path} must be an .npz or .safetensors file: {error}") from None
     for flag, before in record.get("flags", {}).items():
-        now = str(vars(args).get(flag))
+        now = run["flags"].get(flag)
         if before != now and dist.rank == 0:
             print(f"{path}: {flag} was {before} and is {now}")
-    if run is None:
-        head = tuple(trainer.model.head.bias.shape)
-        keep_head = "head.bias" in arrays and arrays["head.bias"].shape != head
-        require(not (keep_head and args.eval_only), f"{path}: its head is for other classes")
-        if keep_head and dist.rank == 0:
-            print(f"{path}: its head is for other classes and is not loaded")
-        is_timm = "blocks.0.attn.qkv.weight" in arrays
-        (load_timm_state_dict if is_timm else load_weights)(trainer.model, arrays, keep_head)
-        return 0
-    for name, now in run.items():
-        before = record.get(name)
-        require(before == now, f"{path}: {name} was {before} and must not be {now}")
+    return arrays, record
+
+
+def load_initial_weights(model, path, run, args):
+    """Load weights alone, ours or timm's, without a head for other classes. -> their step"""
+    arrays, record = read_arrays(path, run)
+    same_classes = record.get("classes", run["classes"]) == run["classes"]
+    fits = "head.bias" in arrays and arrays["head.bias"].shape == tuple(model.head.bias.shape)
+    skip_head = not (same_classes and fits)
+    require(not (skip_head and args.eval_only), f"{path}: its head is for other classes")
+    if skip_head and dist.rank == 0:
+        print(f"{path}: its head is for other classes and is not loaded")
+    is_timm = "blocks.0.attn.qkv.weight" in arrays
+    (load_timm_state_dict if is_timm else load_weights)(model, arrays, skip_head)
+    return record.get("step", 0)
+
+
+def load_checkpoint(trainer, path, run):
+    """Load all that the same run goes on from. -> the step it was saved after"""
+    arrays, record = read_arrays(path, run)
+    for name in ("batch_size", "steps", "sizes", "eager", "classes"):
+        before, now = str(record.get(name)), str(run[name])
+        require(before == now, f"{path}: {name} was {before:.500} and must not be {now:.500}")
     load_weights(trainer.model, arrays)
     weights, state = dict(trainer.model.named_parameters()), {}
     first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
     for name in sorted(name for name in arrays if name.startswith("optimizer/")):
-        key = name.partition("/")[2]  # model.WEIGHT-KIND, or what a graph counts
-        weight_name, _, kind = key.partition("model.")[2].rpartition("-")
+        # optimizer/model.head.bias-m is head.bias's m. Others, without a weight: a graph's counts.
+        key = name.removeprefix("optimizer/")
+        weight_name, _, kind = key.removeprefix("model.").rpartition("-")
         weight = weights.get(weight_name)
         where = (weight.placement, weight.sbp) if weight is not None else first_stage
         state[key] = distribute(flow.tensor(arrays[name]), *where)
-        if args.eager:
+        if not trainer.graph:
             trainer.optimizer._state[weight][kind] = state[key]
     if trainer.graph:
         trainer.graph.load_state_dict(state)
@@ -327,6 +360,10 @@ def parse_arguments(argv=None):
     add("--layer-norm-eps", type=float, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
     add("--data", type=Path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
     add("--no-augment", action="store_true", help="train as validated: resized, cropped")
+    add("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], metavar=tuple("RGB"))
+    add("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], metavar=tuple("RGB"))
+    add("--crop-pct", type=float, default=0.875, help="shown of an image's side (%(default)s)")
+    add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
     add("--rand-augment", metavar="POLICY", help="such as rand-m9-mstd0.5-inc1")
     for name in "drop-rate attn-drop-rate drop-path-rate random-erasing label-smoothing".split():
         add(f"--{name}", type=float, default=0.0, metavar="P", help="probability (%(default)s)")
@@ -343,23 +380,31 @@ def parse_arguments(argv=None):
     add("--clip-grad", type=float, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
     add("--amp", action="store_true", help="half precision (graph, CUDA)")
-    add("--eager", action="store_true", help="run without nn.Graph")
+    add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, help="steps from one validation to the next")
-    add("--eval-only", action="store_true", help="no training: needs --init-from")
+    add("--eval-only", action="store_true", help="no training, only --init-from or --resume")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoint.npz go")
-    add("--save-every", type=int, help="steps from one checkpoint to the next")
-    add("--resume", action="store_true", help="go on from --output-dir")
-    add("--init-from", type=Path, metavar="FILE", help="weights, ours or timm's")
+    add("--save-every", type=int, help="steps from one checkpoint to the next (an epoch)")
+    add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
+    add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
+    at_most_1 = "drop_rate attn_drop_rate drop_path_rate random_erasing crop_pct".split()
     for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
         least = 0 if name in ("seed", "warmup_steps") or type(value) is float else 1
         in_range = type(value) not in (int, float) or least <= value < math.inf
-        require(in_range, f"--{name.replace('_', '-')} {value} must be at least {least}")
+        require(in_range, f"{flag} must be at least {least}")
+        require(name not in at_most_1 or value <= 1, f"{flag} must be at most 1")
+    require(args.label_smoothing < 1, f"--label-smoothing {args.label_smoothing} must be below 1")
+    require(max(args.mean + args.std) <= 1, "--mean, --std: of pixels from 0 to 1")
     is_odd = (args.mixup or args.cutmix or args.label_smoothing) and args.micro_batch_size % 2
     require(not is_odd, "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even")
+    of_graph = args.eager and (args.amp or args.activation_checkpoint)
+    require(not of_graph, "--amp, --activation-checkpoint: not with --eager")
     require(args.output_dir or not args.resume, "--resume needs --output-dir")
-    require(args.init_from or args.resume or not args.eval_only, "--eval-only needs --init-from")
+    has_weights = args.init_from or args.resume
+    require(has_weights or not args.eval_only, "--eval-only needs --init-from or --resume")
     return args
 
 
@@ -413,22 +458,32 @@ def report(metrics, is_shown, **record):
 
 def main(args):
     """One run; each rank runs all of it. Raises UsageError for a mistake."""
+    # the mesh and the data
     small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
     sizes = {"img_size": 224, **MODELS.get(args.model, small)}
     sizes.update({name: n for name, n in vars(args).items() if name in sizes and n})
     mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
     dist.setup(*mesh, sizes["depth"], args.shard_params, args.sequence_parallel)
     require(not args.amp or dist.device_type == "cuda", f"--amp needs CUDA: {dist.no_cuda}")
-    train, val = build_data_sets(args, sizes["img_size"])
-    num_classes = args.num_classes or len(train.classes)
-    require(num_classes >= len(train.classes), f"--num-classes: below {len(train.classes)} folders")
+    data_set = FolderImages if args.data else SyntheticImages
+    val = data_set("val", sizes["img_size"], args)
+    train = val if args.eval_only else data_set("train", sizes["img_size"], args)
+    require(train.classes == val.classes, f"--data {args.data}: train and val have other classes")
+    num_classes = args.num_classes or len(val.classes)
+    require(num_classes >= len(val.classes), f"--num-classes: below {len(val.classes)} folders")
     sizes.update(num_classes=num_classes, layer_norm_eps=args.layer_norm_eps)
     batch_size = args.data_parallel * args.accumulation_steps * args.micro_batch_size
-    per_epoch = len(train.targets) // batch_size
-    require(per_epoch, f"a batch of {batch_size} is more than {len(train.targets)} images")
+    images = 0 if args.eval_only else len(train.targets)
+    per_epoch = images // batch_size
+    require(per_epoch or args.eval_only, f"a batch of {batch_size} is more than {images} images")
     steps = args.steps or (args.epochs or 0) * per_epoch or 200
-    check_agreement(vars(args), dist.device_type, train.samples, val.samples)
+    checkpoint = args.output_dir and args.output_dir / "checkpoint.npz"
+    is_saved = checkpoint is not None and checkpoint.exists()
+    is_kept = args.resume or args.eval_only or not is_saved
+    require(is_kept, f"{checkpoint} exists: --resume goes on from it, or take another --output-dir")
+    check_agreement(vars(args), dist.device_type, train.samples, val.samples, is_saved)
 
+    # the model
     mixup, loss_func = None, None
     if args.mixup or args.cutmix or args.label_smoothing:  # all that makes labels soft
         loss_func, prob = SoftTargetCrossEntropy(), float(args.mixup > 0 or args.cutmix > 0)
@@ -436,32 +491,41 @@ def main(args):
         mixup = Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
     flow.manual_seed(args.seed)  # of the initial weights
     rates = {name: rate for name, rate in vars(args).items() if name.endswith("_rate")}
-    model = VisionTransformer(**sizes, **rates, loss_func=loss_func)
-    trainer = Trainer(model, args, steps)
-    first_step, metrics = 0, None
-    run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
-    if args.init_from:
-        load_checkpoint(trainer, args.init_from, args)
-    if args.resume:
-        first_step = load_checkpoint(trainer, args.output_dir / "checkpoint.npz", args, run)
+    model, metrics = VisionTransformer(**sizes, **rates, loss_func=loss_func), None
     if args.output_dir and dist.rank == 0:
         try:
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            metrics = open(args.output_dir / "metrics.jsonl", "a" if args.resume else "x", 1)
+            path = args.output_dir / "metrics.jsonl"
+            metrics = open(path, "a", 1)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
         except OSError as error:
-            raise UsageError(f"take another --output-dir, or --resume: {error}") from None
+            raise UsageError(f"--output-dir: {error}") from None
     if dist.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{draw_mesh(dist)}\n{count:,} parameters, {batch_size} images a step, {steps} steps")
-    if args.eval_only:
-        return report(metrics, True, step=first_step, **evaluate(model, val, args))
+        print(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
 
+    # weights from a file
+    flags = {name: str(value) for name, value in vars(args).items()}
+    run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
+    run.update(classes=list(map(str, val.classes)), flags=dict(flags, images=str(images)))
+    if args.eval_only:
+        path = checkpoint if args.resume else args.init_from
+        step = load_initial_weights(model, path, run, args)
+        return report(metrics, True, step=step, **evaluate(model, val, args))
+    trainer, first_step = Trainer(model, args, steps), 0
+    if is_saved:
+        first_step = load_checkpoint(trainer, checkpoint, run)
+    elif args.init_from:
+        load_initial_weights(model, args.init_from, run, args)
+
+    # the loop
     flow.manual_seed(args.seed + first_step)  # of the masks
-    keys = training_keys(len(train.targets), batch_size, args, first_step, steps)
+    keys = training_keys(images, batch_size, args, first_step, steps)
     batches = load_batches(train, keys, args, mixup)
     is_hidden = dist.rank > 0 or None  # None: where stderr is not a terminal
     batches = tqdm(batches, total=steps, initial=first_step, disable=is_hidden)
-    run["flags"] = {name: str(value) for name, value in vars(args).items()}
+    save_every = args.save_every or per_epoch
     seconds, start = [], time.perf_counter()
     for step, batch in enumerate(batches, first_step + 1):
         loss, lr = trainer.step(*batch)
@@ -469,8 +533,8 @@ def main(args):
         seconds.append(time.perf_counter() - start)
         record = dict(loss=loss, lr=lr, images_per_s=round(batch_size / seconds[-1], 1))
         report(metrics, step % max(steps // 20, 1) == 0, step=step, **record)
-        if args.output_dir and (step == steps or args.save_every and step % args.save_every == 0):
-            save_checkpoint(trainer, dict(run, step=step), args)
+        if args.output_dir and (step == steps or step % save_every == 0):
+            save_checkpoint(trainer, dict(run, step=step), checkpoint)
         if step == steps or args.eval_every and step % args.eval_every == 0:
             report(metrics, True, step=step, **evaluate(model, val, args))
         start = time.perf_counter()
@@ -487,6 +551,9 @@ if __name__ == "__main__":
     try:
         args = parse_arguments()
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
+        names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (README's line for srun)"
+        is_alone = dist.world_size == 1 < started_by_scheduler
+        require(not is_alone, f"{started_by_scheduler} processes, each alone: set {names}")
         if processes > 1 and dist.world_size == 1:
             sys.exit(launch(processes, [sys.executable, *sys.argv]))
         main(args)
@@ -494,7 +561,8 @@ if __name__ == "__main__":
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
             time.sleep(min(dist.rank, 9))  # rank 0 tells what all find: its end ends the others
-            text = " ".join(["train.py:", *str(error).splitlines()[-1:]])
+            # What comes from a reader's process has its traceback in front.
+            text = "train.py: " + str(error).rpartition("UsageError: ")[2].strip()
             print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)
         finally:
             os._exit(exit_code)  # the engine's own end would wait for the other ranks

@@ -520,6 +520,8 @@ class VisionTransformer(Layer):
         require(self.dist.pipeline_parallel_size == 1 or depth == layers, error_message)
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_chans, embed_dim)
         tokens = self.patch_embed.num_patches + 1  # and the class token
+        ranks = self.dist.tensor_parallel_size if self.dist.sequence_parallel else 1
+        require(tokens >= ranks, f"sequence_parallel: {tokens} tokens are fewer than {ranks} ranks")
         cls_token = nn.init.normal_(flow.empty(1, 1, embed_dim), std=0.02)
         pos_embed = nn.init.normal_(flow.empty(1, tokens, embed_dim), std=0.02)
         self.cls_token, self.pos_embed = map(self.new_parameter, (cls_token, pos_embed))
@@ -576,15 +578,15 @@ class VisionTransformer(Layer):
 # 4. Weights in and out --------------------------------------------------------------------------
 
 
-def load_weights(model, arrays, keep_head=False):
+def load_weights(model, arrays, skip_head=False):
     """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
 
-    Names with a slash, a checkpoint's other entries, are left out; with `keep_head` those of the
+    Names with a slash, a checkpoint's other entries, are left out; with `skip_head` those of the
     head, too. Raises UsageError that names what is missing, surplus or misshapen.
     """
 
     def is_loaded(name):
-        return "/" not in name and not (keep_head and name.startswith("head."))
+        return "/" not in name and not (skip_head and name.startswith("head."))
 
     parameters = {name: p for name, p in model.named_parameters() if is_loaded(name)}
     names = set(filter(is_loaded, arrays.keys()))
@@ -617,14 +619,17 @@ def _swap_rows(array, outer, inner):
 def _resize_grid(pos_embed, tokens):
     """A position embedding (1, 1 + old^2, c) -> (1, tokens, c), bicubic as in timm."""
     from PIL import Image  # flowvision brings it
-    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(tokens - 1)
+    old, new = math.isqrt(max(pos_embed.shape[1] - 1, 0)), math.isqrt(tokens - 1)
+    is_square = pos_embed.shape[1] == 1 + old * old
+    error_message = f"pos_embed of {pos_embed.shape[1]} tokens is not a class token and a square"
+    require(is_square, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
     planes = [Image.fromarray(plane).resize((new, new), Image.BICUBIC) for plane in planes]
     grid = np.stack(planes, -1).reshape(1, new * new, -1)  # c x (old, old) -> (1, new^2, c)
     return np.concatenate([pos_embed[:, :1], grid], 1)
 
 
-def load_timm_state_dict(model, state_dict, keep_head=False):
+def load_timm_state_dict(model, state_dict, skip_head=False):
     """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
 
     q, k and v, one after the other in timm, go side by side within each head. A position embedding
@@ -642,7 +647,7 @@ def load_timm_state_dict(model, state_dict, keep_head=False):
         for ours, theirs in TIMM_NAMES.items():
             name = name.replace(theirs, ours)
         arrays[name] = array
-    load_weights(model, arrays, keep_head)
+    load_weights(model, arrays, skip_head)
 
 
 def to_timm_state_dict(model):
