@@ -913,10 +913,7 @@ MISTAKES = {
     "--drop-path-rate 2": "--drop-path-rate 2.0 must be at most 1",
     "--crop-pct 87.5": "--crop-pct 87.5 must be at most 1",
     "--label-smoothing 1": "--label-smoothing 1.0 must be below 1",
-    "--mean 124 116 104": "--mean, --std: of pixels from 0 to 1",
-    "--eager --activation-checkpoint": "--activation-checkpoint: not with --eager",
-    "--eager --amp": "--amp, .*: not with --eager",
-    "--amp": "--amp needs CUDA: 0 GPUs",
+    "--eager --activation-checkpoint": "--activation-checkpoint needs a graph",
     "--data NOWHERE": "NOWHERE/val, .*No such file or directory: .*NOWHERE/val",
     "--data BARE": "BARE/val, .*Found no valid file for the classes a",
     "--data HOLLOW": "HOLLOW/val, .*Couldn't find any class folder",
@@ -1005,12 +1002,11 @@ def test_under_other_launchers_a_run_does_not_start_again_and_a_mistake_is_told_
     assert [run.returncode for run in runs] == [0, 0] and texts[1] == "" and "step 2 " in texts[0]
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_run_that_a_scheduler_started_several_times_without_ranks_is_refused(name):
-    for flags in ([], ["--data-parallel", "2"]):
-        run = train_py(*TINY, *flags, **{name: "2"})
-        assert run.returncode == 2 and run.stdout == ""
-        assert "train.py: 2 processes, each alone: set RANK, WORLD_SIZE" in run.stderr
+    run = train_py(*TINY, "--data-parallel", "2", **{name: "2"})
+    assert run.returncode == 2 and run.stdout == ""
+    assert "train.py: 2 processes, each alone: set RANK, WORLD_SIZE" in run.stderr
 
 
 @on_meshes(((1, 4, 1),))

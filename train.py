@@ -9,7 +9,7 @@ python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-d
 """
 
 import argparse
-import ctypes.util
+import ctypes
 import json
 import math
 import os
@@ -145,19 +145,13 @@ def load_batches(data_set, keys, args, mixup=None):
 
 
 class TrainGraph(nn.Graph):
-    """Forward, backward and update of one step, compiled into one static graph.
-
-    The engine cuts its inputs into micro-batches. With stage ids they overlap as in 1F1B.
-    """
+    """Forward, backward and update of one step, in micro-batches, as one static graph."""
 
     def __init__(self, trainer, args):
         super().__init__()
         self.model = trainer.model
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
-        if args.amp:  # not run: it needs CUDA
-            self.config.enable_amp(True)
-            self.set_grad_scaler(flow.amp.GradScaler())
         if args.activation_checkpoint:
             for block in self.model.blocks:
                 block.to(nn.graph.GraphModule).activation_checkpointing = True
@@ -379,7 +373,6 @@ def parse_arguments(argv=None):
     add("--weight-decay", type=float, default=0.05, help="of matrices (%(default)s)")
     add("--clip-grad", type=float, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
-    add("--amp", action="store_true", help="half precision (graph, CUDA)")
     add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, help="steps from one validation to the next")
@@ -397,11 +390,10 @@ def parse_arguments(argv=None):
         require(in_range, f"{flag} must be at least {least}")
         require(name not in at_most_1 or value <= 1, f"{flag} must be at most 1")
     require(args.label_smoothing < 1, f"--label-smoothing {args.label_smoothing} must be below 1")
-    require(max(args.mean + args.std) <= 1, "--mean, --std: of pixels from 0 to 1")
     is_odd = (args.mixup or args.cutmix or args.label_smoothing) and args.micro_batch_size % 2
     require(not is_odd, "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even")
-    of_graph = args.eager and (args.amp or args.activation_checkpoint)
-    require(not of_graph, "--amp, --activation-checkpoint: not with --eager")
+    of_graph = args.eager and args.activation_checkpoint
+    require(not of_graph, "--activation-checkpoint needs a graph: leave out --eager")
     require(args.output_dir or not args.resume, "--resume needs --output-dir")
     has_weights = args.init_from or args.resume
     require(has_weights or not args.eval_only, "--eval-only needs --init-from or --resume")
@@ -409,18 +401,13 @@ def parse_arguments(argv=None):
 
 
 def launch(processes, command):
-    """Run a command as this many ranks; end all when one ends badly. -> exit code
-
-    However this process ends, the kernel ends its ranks.
-    """
+    """Run a command as this many ranks; end all when one ends badly. -> exit code"""
     with socket.create_server(("", 0)) as free:
         address = "127.0.0.1", free.getsockname()[1]
     # The engine would send even 127.0.0.1 through a proxy.
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
-    # With jemalloc, where the machine has it, a graph of many ranks compiles twice as fast.
-    environment.setdefault("LD_PRELOAD", ctypes.util.find_library("jemalloc") or "")
     libc, ranks = ctypes.CDLL(None), []
     for rank in range(processes):
         # A rank that starts before rank 0 listens sleeps 10 s in the engine.
@@ -464,7 +451,6 @@ def main(args):
     sizes.update({name: n for name, n in vars(args).items() if name in sizes and n})
     mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
     dist.setup(*mesh, sizes["depth"], args.shard_params, args.sequence_parallel)
-    require(not args.amp or dist.device_type == "cuda", f"--amp needs CUDA: {dist.no_cuda}")
     data_set = FolderImages if args.data else SyntheticImages
     val = data_set("val", sizes["img_size"], args)
     train = val if args.eval_only else data_set("train", sizes["img_size"], args)
@@ -529,7 +515,7 @@ def main(args):
     seconds, start = [], time.perf_counter()
     for step, batch in enumerate(batches, first_step + 1):
         loss, lr = trainer.step(*batch)
-        require(args.amp or math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
+        require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
         seconds.append(time.perf_counter() - start)
         record = dict(loss=loss, lr=lr, images_per_s=round(batch_size / seconds[-1], 1))
         report(metrics, step % max(steps // 20, 1) == 0, step=step, **record)
