@@ -672,10 +672,10 @@ def set_pipeline_stage_id(model):
     `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`; one without
     has that of the module around it. A parameter has the stage of its placement.
 
-    The placements alone make a pipeline, in which one micro-batch runs after the other. With stage
-    ids the engine puts buffers between the stages that keep what the backward pass will need. So a
-    stage can begin the next micro-batch before the backward pass of the last one is back: 1F1B.
-    Nobody writes a schedule. Each stage computes whatever has arrived.
+    With stage ids the engine moves the input of each module to its stage. It also puts buffers
+    between the stages, which keep what the backward pass will need. So a stage can begin the next
+    micro-batch before the last one comes back: 1F1B. Nobody writes a schedule. Each stage computes
+    whatever has arrived.
     """
     # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
     # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
