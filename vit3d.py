@@ -333,8 +333,7 @@ class Dropout(nn.Module):
 
     The mask is the one that a single process would draw, on every mesh: each call of `flow.rand`
     takes a seed from the generator of every rank, whichever stage it runs on. The price: each rank
-    draws the numbers of the whole batch and keeps its slice. (Do not take the engine's own dropout:
-    two dropouts whose inputs have one shape get the same mask there.)
+    draws the whole batch's numbers. (In the engine's own, dropouts of one shape share a mask.)
     """
 
     def __init__(self, p=0.0, *, layer_idx=None):
@@ -672,10 +671,9 @@ def set_pipeline_stage_id(model):
     `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`; one without
     has that of the module around it. A parameter has the stage of its placement.
 
-    With stage ids the engine moves the input of each module to its stage. It also puts buffers
-    between the stages, which keep what the backward pass will need. So a stage can begin the next
-    micro-batch before the last one comes back: 1F1B. Nobody writes a schedule. Each stage computes
-    whatever has arrived.
+    With stage ids the engine moves the input of each module to its stage. Buffers between the
+    stages keep what the backward pass will need, so a stage can begin the next micro-batch before
+    the last one comes back: 1F1B. Nobody writes a schedule. A stage computes what has arrived.
     """
     # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
     # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
