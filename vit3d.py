@@ -238,9 +238,9 @@ class Layer(nn.Module):
         # The engine aborts on moving a parameter itself, so it moves a copy: `* 1.0`.
         # This move is ZeRO-3. Forward it is an all-gather, backward a reduce-scatter.
         parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Of this move only the backward matters: it sums a gradient over the tensor-parallel ranks
-        # first. [P, P] -> [P, B] -> [S(0), B] takes two moves; the engine has no single one. A norm
-        # has such a gradient under sequence parallelism.
+        # Forward this move does nothing. Backward it runs before the one above: [P, P] -> [P, B],
+        # since the engine has no single move from [P, P] to [S(0), B]. Only norms and row biases
+        # under sequence parallelism need it.
         return parameter.to_global(sbp=sbp, grad_sbp=partial_sbp)
 
 
@@ -292,8 +292,8 @@ class Linear(Layer):
         full_sbp, hidden_sbp = self.dist.get_nd_sbp([S(0), B]), self.dist.get_hidden_sbp()
         split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
-        # Each move gives grad_sbp. The gradient of x is dx = dy W. A dy in another sbp asks for W
-        # in another sbp, and the engine aborts on moving a parameter (see `gather`).
+        # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for dx = dy W,
+        # and it aborts on moving a parameter (see `gather`).
         if self.parallel == "data":
             x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
             x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x W^T [B, B] -> [S(0), B]
