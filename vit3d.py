@@ -292,8 +292,8 @@ class Linear(Layer):
         full_sbp, hidden_sbp = self.dist.get_nd_sbp([S(0), B]), self.dist.get_hidden_sbp()
         split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
-        # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for dx = dy W,
-        # and it aborts on moving a parameter (see `gather`).
+        # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for
+        # dx = dy W, and it aborts on moving a parameter (see `gather`).
         if self.parallel == "data":
             x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
             x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x W^T [B, B] -> [S(0), B]
