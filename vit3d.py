@@ -303,7 +303,7 @@ class Linear(Layer):
             x = x.to_global(sbp=full_sbp, grad_sbp=hidden_sbp)
             x = flow.matmul(x, weight, transpose_b=True)  # x W^T [B, S(1)] -> [S(0), S(last)]
         else:
-            x = x.to_global(sbp=split_sbp, grad_sbp=split_sbp)
+            x = x.to_global(sbp=split_sbp, grad_sbp=split_sbp)  # after a "col" this does nothing
             x = flow.matmul(x, weight, transpose_b=True)  # x W^T [B, S(0)] -> [S(0), P]
             # [S(0), P] -> [S(0), B]: an all-reduce, or -> [S(0), S(1)]: a reduce-scatter, whose
             # backward is an all-gather
