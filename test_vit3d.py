@@ -13,7 +13,7 @@ How a test runs on many processes, in order:
 3. Each rank runs the bodies of NAMES, one after the other. For each it writes a line to its file:
    what the body returned, or the traceback of its failure.
 4. pytest reads these files. A test fails if its body failed on any rank.
-The ranks start once for all tests of 4 processes, as a start takes longer than most tests.
+The ranks start once for all tests of 4 processes.
 """
 
 import contextlib
@@ -26,18 +26,17 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
 os.environ["GLOG_minloglevel"] = "3"  # the engine's warnings of GPUs that are not there
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.mxfast=0"  # graphs compile a tenth faster
 
 import numpy as np
 import pytest
@@ -165,34 +164,24 @@ ON = {  # what is on: the flags of train.py
     "dropout": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1",
     "zero": "--shard-params",
     "sequence": "--sequence-parallel",
-    "zero and sequence": "--shard-params --sequence-parallel",
     "checkpoint": "--activation-checkpoint",
-    "197 tokens": "--sequence-parallel --img-size 224 --patch-size 16",  # no mesh divides 197
-    "clipped": "--clip-grad 0.01 --steps 5",  # gradients are longer than that
     "everything": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1"
     " --shard-params --sequence-parallel --activation-checkpoint"
-    " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 10",
+    " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 10"
+    " --clip-grad 0.1",  # gradients are longer than that
 }
 TABLE = [
-    # what is on         mode   micro-batches  meshes: data x tensor x pipeline
-    ("everything",        "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
-    ("everything",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 9 alone
-    ("everything",        "graph", 4, "2x1x1"),
-    ("everything",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
-    ("everything",        "eager", 1, "2x1x1"),
-    ("nothing",           "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
-    ("nothing",           "graph", 1, "2x1x1 1x2x1 1x1x2 4x1x1 1x4x1 1x1x4"),
-    ("nothing",           "eager", 1, "4x1x1 1x4x1 1x1x4 4x2x1 4x1x2 2x4x1 1x4x2 2x1x4 1x2x4"),
-    ("zero",              "graph", 2, "2x1x1 2x1x2"),
-    ("zero",              "graph", 1, "2x1x1"),
-    ("sequence",          "graph", 2, "1x2x1 1x2x2"),
-    ("sequence",          "graph", 8, "2x2x2"),  # micro-batches of one image for each replica
-    ("sequence",          "eager", 8, "2x2x1"),
-    ("zero and sequence", "graph", 2, "2x2x1"),
-    ("checkpoint",        "graph", 2, "1x2x1"),
-    ("dropout",           "graph", 1, "2x1x1"),
-    ("197 tokens",        "graph", 1, "1x2x1 1x4x2"),
-    ("clipped",           "graph", 2, "2x2x2"),
+    # what is on   mode   micro-batches  meshes: data x tensor x pipeline
+    ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
+    ("everything", "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 9 alone
+    ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
+    ("nothing",    "graph", 2, "2x1x1 1x2x1 1x1x2"),
+    ("nothing",    "graph", 1, "4x1x1 1x4x1 1x1x4"),
+    ("nothing",    "eager", 1, "4x1x1 1x4x1 1x1x4 4x2x1 1x4x2 2x1x4"),
+    ("zero",       "graph", 2, "2x1x1"),
+    ("sequence",   "graph", 2, "1x2x1 1x4x1"),
+    ("sequence",   "graph", 8, "2x2x1"),  # micro-batches of one image for each replica
+    ("checkpoint", "graph", 2, "1x2x1"),
 ]  # fmt: skip
 CASES = [  # of the tests: ((2, 1, 1), "everything", "graph", 2), and so on
     (tuple(map(int, mesh.split("x"))), on, mode, micro_batches)
@@ -269,8 +258,8 @@ def set_folder(folder):
 def reference_of(mesh, on, mode, micro_batches):
     """What one process runs, for a mesh to be held against: on, mode, micro-batches, depth."""
     depth = max(2, mesh[2])  # each stage has a block
-    # These four change where things lie, and not what is computed.
-    if on in ("zero", "sequence", "zero and sequence", "checkpoint"):
+    # These change where things lie, and not what is computed.
+    if on in ("zero", "sequence", "checkpoint"):
         on = "nothing"
     if "--drop-rate" not in ON[on]:  # a graph computes what eager mode does
         return on, "eager", 1, depth
@@ -301,7 +290,7 @@ def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, 
     too_large = {name: value for name, value in differences.items() if not value < 1e-5}
     assert not too_large, too_large
     moved = None
-    if dist.rank == 0 and mode == "graph" and on != "197 tokens":
+    if dist.rank == 0 and mode == "graph":
         flags = (f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation"))
         moved = bytes_by_axis(plan)
         formula = bytes_by_formula(mesh, parts, depth, *flags)
@@ -397,15 +386,6 @@ def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
     return moved
 
 
-@on_meshes(((1, 1, 2),))
-def test_without_stage_ids_there_are_no_buffers_between_stages(mesh):
-    nothing = staticmethod(lambda model: None)
-    with mock.patch.object(VisionTransformer, "set_pipeline_stage_id", nothing):
-        with the_plan() as plan:
-            train_steps(mesh, "nothing", "graph", 2, depth=2)
-    assert not any("Pipeline-Buffer" in operator for operator, *_ in plan)
-
-
 # 4. Which rank holds what -------------------------------------------------------------------------
 
 
@@ -476,25 +456,7 @@ def test_the_first_picture_of_the_readme_shows_what_each_rank_holds(mesh):
         assert rows[replica][2 * i + tensor_rank].split() == list(map(str, part)), sbp
 
 
-@on_meshes(((1, 2, 1),))
-def test_a_layer_keeps_the_mesh_that_it_was_built_on(mesh):
-    array = np.random.default_rng(0).standard_normal((4, 3, 6)).astype("f4")
-    dist.setup(*mesh)
-    layer = Linear(6, 4, parallel="col")
-    x = batch_to_global(array, 0)
-    before = layer(x)  # its features are split
-    dist.setup(2, 1, 1)
-    after = layer(x)
-    assert before.sbp == after.sbp == (S(2),)
-    assert np.array_equal(full_array(before), full_array(after))
-
-
 # 5. Layers and models -----------------------------------------------------------------------------
-
-
-def share_of(array):
-    """This replica's share of a batch."""
-    return np.split(array, dist.data_parallel_size)[dist.get_coordinates()[0]]
 
 
 def test_layers_take_libais_arguments_and_the_model_has_libais_names():
@@ -517,8 +479,6 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
     large = VisionTransformer(img_size=32, num_classes=5, **size)
     state, head = to_timm_state_dict(small), full_array(large.head.weight)
     state["pos_embed"][0, 1:] = (np.arange(4.0) ** 2).repeat(4)[:, None]  # rises by row
-    with pytest.raises(UsageError, match=r"head.* has shape \(3.*\), in the model \(5"):
-        load_timm_state_dict(large, state)
     load_timm_state_dict(large, state, skip_head=True)
     assert np.array_equal(full_array(large.head.weight), head)
     grid = full_array(large.pos_embed)[0, 1:].reshape(8, 8, 8)
@@ -533,32 +493,27 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
 
 def test_cuda_is_the_choice_only_where_its_code_runs_and_each_process_has_a_gpu(monkeypatch):
     for gpus, processes, reason in (
-        ([(6, 0), (8, 9)], 2, ""),
         ([(8, 0), (9, 0)], 2, "compute capability 9.0 is not in 6.0 to 8.9"),
         ([(5, 2)], 1, "compute capability 5.2 is not in 6.0 to 8.9"),
         ([(8, 0)], 8, "1 GPUs"),
+        ([(6, 0), (8, 9)], 2, ""),
     ):
         monkeypatch.setattr(flow.cuda, "is_available", lambda: True)
         monkeypatch.setattr(flow.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: gpus[gpu])
         assert why_not_cuda(processes) == reason
-    monkeypatch.setattr(flow.cuda, "get_device_capability", lambda gpu: (8, 0))
     dist.setup()
     assert dist.device_type == "cuda"
 
 
 @on_meshes(((1, 1, 2),))
 def test_what_does_not_fit_is_a_usage_error_on_every_rank(mesh):
-    dist.setup(*mesh, 4)
-    placement = dist.get_layer_placement(0)
-    nine = flow.zeros(1, 3, 9, 9, placement=placement, sbp=[B])
     for arguments, call, message in (
         ((), lambda: dist.setup(1), "1 x 1 x 1 = 1 must be the number of processes, 2"),
         ((), lambda: dist.setup(-1, -2), "each at least 1"),
         ((), lambda: dist.setup(2, device_type="tpu"), "'tpu' must be 'cpu' or 'cuda'"),
         ((), lambda: dist.setup(2, device_type="cuda"), "'cuda' cannot run, take 'cpu': 0 GPUs"),
         ((), lambda: dist.setup(*mesh, 1), "pipeline_num_layers 1 is below the 2 stages"),
-        ((), lambda: dist.setup(*mesh), "pipeline_num_layers 0 is below the 2 stages"),
         ((*mesh, 4), lambda: Linear(4, 4, layer_idx=4), "layer_idx 4 must be one of the 4 layers"),
         ((*mesh, 4), lambda: VisionTransformer(depth=3), "depth 3 must be the .*_layers of .*, 4"),
         ((1, 2), lambda: Linear(4, 65, parallel="col"), "2 tensor-parallel ranks do not divide 65"),
@@ -567,7 +522,7 @@ def test_what_does_not_fit_is_a_usage_error_on_every_rank(mesh):
         ((2,), lambda: MultiheadAttention(8, 3), "3 heads do not divide 8 features"),
         ((2,), lambda: Dropout(1.0), r"must lie in \[0, 1\)"),
         ((2,), lambda: VisionTransformer(img_size=30), "patches of side 16 do not divide"),
-        ((2,), lambda: PatchEmbedding(8, 4)(nine), "images of 9 x 9, the model takes 8"),
+        ((2,), lambda: PatchEmbedding(8, 4)(batch_to_global(PIXELS, 0)), "images of 16 x 16, .* 8"),
     ):
         dist.setup(*arguments or (2,))
         with pytest.raises(UsageError, match=message):
@@ -600,7 +555,7 @@ def full_weights(model, of=lambda weight: weight):
 
 
 @pytest.mark.parametrize("mode", ["", "--eager"], ids=["graph", "eager"])
-@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (1e3, 2, 0), (0, 1, 5), (0, 2, 5)])
+@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (1e3, 1, 0), (0, 2, 5)])
 def test_each_step_is_adamw_in_numpy_at_the_rate_of_warm_up_then_cosine(mode, clip, parts, warmup):
     """The low limit brings gradients down to Adam's eps; else eps is raised to their size."""
     flags = f"--lr 0.01 --weight-decay 0.5 --clip-grad {clip} --accumulation-steps {parts} {mode}"
@@ -663,9 +618,6 @@ def test_each_dropout_drops_its_share_in_its_place():
 
 def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tmp_path):
     make_folder(tmp_path, dict(train=4, val=1))
-    for split, i in itertools.product(("train", "val"), range(12)):  # without order: one image
-        (tmp_path / "one" / split / "red").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(tmp_path / "one" / split / f"red/{i}.png")
     common = [*TINY, "--data", tmp_path, "--micro-batch-size", 12, "--steps", 2, "--eager"]
     common += ["--lr", 0, "--warmup-steps", 0, "--workers", 1]  # all images are in each batch
 
@@ -679,17 +631,11 @@ def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tm
         "--mixup", "--cutmix", "--label-smoothing", "--drop-rate", "--attn-drop-rate",
         "--drop-path-rate", "--layer-norm-eps",
     )]  # fmt: skip
-    one = f"--no-augment --data {tmp_path}/one --num-classes 10"
-    changed += [first_loss(f"{one} --seed {seed}") for seed in (1, 2)]  # other weights
-    weights = tmp_path / "weights.npz"
-    np.savez(weights, **full_weights(Trainer.last.model))
-    one += f" --init-from {weights}"
-    assert first_loss(f"{one} --seed 2") == first_loss(f"{one} --seed 1")
-    changed += [first_loss(f"{one} --seed {seed} --drop-rate 0.5") for seed in (1, 2)]  # masks
+    changed += [first_loss("--no-augment --seed 3")]  # other weights
     assert len(set(np.round(run_main(*common, "--no-augment").losses, 6))) == 1
     mixed = run_main(*common, "--no-augment", "--mixup", 0.5).losses  # anew in each epoch
     augmented = first_loss("--random-erasing 0")
-    changed += [augmented, first_loss("--random-erasing 0.9"), first_loss("--seed 3")]
+    changed += [augmented, first_loss("--random-erasing 0.9")]
     changed += [first_loss("--rand-augment rand-m9-mstd0.5-inc1")]
     assert first_loss("") == augmented
     gaps = np.diff(sorted([plain, mixed[1], *changed]))
@@ -729,14 +675,13 @@ def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(
 def test_names_with_a_dot_in_front_are_neither_classes_nor_images(tmp_path):
     make_folder(tmp_path, dict(train=2, val=1))
     image = tmp_path / "train/class0/1.png"
-    for name in (".ipynb_checkpoints/0.png", "class0/.cache/0.png", "class0/._0.png"):
+    dotted = ".ipynb_checkpoints/0.png", "class0/.cache/0.png", "class0/._0.png"
+    for name in (*dotted, "class0/more/0.png"):  # a folder within a class is read
         (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
         shutil.copy(image, tmp_path / "train" / name)
-    (tmp_path / "train/class0/more").mkdir()
-    image.rename(tmp_path / "train/class0/more/1.png")  # folders within a class are read
     images = train.FolderImages("train", 16, train.parse_arguments(["--data", str(tmp_path)]))
     assert images.classes == ["class0", "class1", "class2"]
-    assert images.targets == [0, 0, 1, 1, 2, 2] and len(images.samples) == 6
+    assert images.targets == [0, 0, 0, 1, 1, 2, 2] and len(images.samples) == 7
 
 
 @pytest.mark.parametrize("kind, form", [("u2", "png"), ("u2", "tif"), ("i4", "tif"), ("f4", "tif")])
@@ -759,12 +704,11 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_oth
     assert list(train.training_keys(14, 4, args, 4, 9)) == steps[4:]  # as when resumed
     sets = [train.SyntheticImages(split, 16, args) for split in ("train", "val")]
     assert [(len(images.targets), images.targets[6]) for images in sets] == [(4096, 2), (1000, 2)]
-    seen = np.array([[images[i % 3, i][1].flat for i in range(400)] for images in sets])
-    patterns = seen.reshape(2, 100, 4, -1).mean(1, keepdims=True)  # sample i is of class i % 4
-    noise = (seen.reshape(2, 100, 4, -1) - patterns).reshape(800, -1)
-    assert abs(np.corrcoef(noise) - np.eye(800)).max() < 0.25
-    assert abs(patterns[0] - patterns[1]).max() < 0.8 and patterns[0, 0].std(0).mean() > 0.2
-    assert np.array_equal(sets[0][9, 3][1].flat, seen[0, 3])
+    assert np.array_equal(*(images.patterns for images in sets))
+    (_, first, label), (_, again, _), (_, other, _) = sets[0][0, 3], sets[0][9, 3], sets[1][0, 3]
+    assert np.array_equal(first, again) and label == 3
+    noise = first - other  # of two samples of one class: the pattern is gone, the noise is not
+    assert abs(noise.mean()) < 0.2 and abs(noise.std() - 2**0.5) < 0.15
 
 
 def test_initial_weights_have_the_distribution_of_their_kind():
@@ -801,8 +745,9 @@ def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(me
     start = {k: w.astype(float) for k, w in to_timm_state_dict(model).items()}
     load_timm_state_dict(model, start)  # and back: the same to the bit
     assert all(np.array_equal(start[k], w) for k, w in to_timm_state_dict(model).items())
-    images = batch_to_global(share_of(PIXELS[:4]), 0)
-    labels = batch_to_global(share_of(targets if smoothing else np.arange(4)), -1)
+    mine = np.split(np.arange(4), mesh[0])[dist.get_coordinates()[0]]  # this replica's share
+    images = batch_to_global(PIXELS[mine], 0)
+    labels = batch_to_global(targets[mine] if smoothing else mine, -1)
     logits = full_array(model.eval()(images)["prediction_scores"])
     loss = model.train()(images, labels)["losses"]
     loss.backward()
@@ -836,21 +781,8 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
         load_weights(model, {**w, "head.weight": scale * w["head.weight"], "head.bias": bias})
         got = train.evaluate(model.train(), images, args)
         assert list(got.values()) == pytest.approx(want, nan_ok=True) and model.training
-
-
-class TwoLabels(train.Dataset):
-    """A data set of one's own: six images with two labels each."""
-
-    classes, targets, samples = list(range(10)), np.eye(10)[:6] + np.eye(10)[1:7], []
-
-    def __getitem__(self, key):
-        return key, PIXELS[key[1]], self.targets[key[1]]
-
-
-def test_where_targets_are_not_classes_another_score_is_enough(monkeypatch):
-    args, model = train.parse_arguments("--micro-batch-size 4".split()), small_model()
-    monkeypatch.setattr(train, "score", lambda x, targets: dict(share=(0 * x + targets).mean(1)))
-    assert train.evaluate(model, TwoLabels(), args) == dict(share=pytest.approx(0.2), images=6)
+    with mock.patch.object(train, "score", lambda logits, targets: dict(mean_label=targets)):
+        assert train.evaluate(model, images, args) == dict(mean_label=labels.mean(), images=23)
 
 
 def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
@@ -858,7 +790,8 @@ def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
     for count, lr in ((3, 0.1), (2, 0.2)):
         groups = [dict(params=[p]) for p in list(model.parameters())[:count]]
         groups[1]["lr"] = lr
-        trainer = SimpleNamespace(model=model.train(), optimizer=flow.optim.AdamW(groups, lr=0.1))
+        trainer = train.Trainer(model, args, 9)
+        trainer.optimizer = flow.optim.AdamW(groups, lr=0.1)
         trainer.scheduler = train.lr_scheduler.CosineDecayLR(trainer.optimizer, 9)
         with pytest.raises(UsageError, match="a graph here takes two groups of one rate: see"):
             batch = batch_to_global(PIXELS[:2], 0), batch_to_global(np.arange(2), -1)
@@ -902,53 +835,37 @@ def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figure
 
 
 MISTAKES = {
-    "--stage": "unrecognized arguments: --stage",
-    "--model vit_nano": "invalid choice: 'vit_nano' .choose from 'vit_tiny_patch16_224', ",
     "--resume": "--resume needs --output-dir",
-    "--eval-only": "--eval-only needs --init-from or --resume",
-    "--micro-batch-size -1": "--micro-batch-size -1 must be at least 1",
-    "--lr nan": "--lr nan must be at least 0",
+    "--eval-only": "--eval-only needs --init-from",
+    "--micro-batch-size -1": "--micro-batch-size -1 must be from 1 to inf",
+    "--lr nan": "--lr nan must be from 0 to inf",
     "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size must be even",
-    "--random-erasing 1.1": "--random-erasing 1.1 must be at most 1",
-    "--drop-path-rate 2": "--drop-path-rate 2.0 must be at most 1",
-    "--crop-pct 87.5": "--crop-pct 87.5 must be at most 1",
-    "--label-smoothing 1": "--label-smoothing 1.0 must be below 1",
-    "--eager --activation-checkpoint": "--activation-checkpoint needs a graph",
+    "--random-erasing 1.1": "--random-erasing 1.1 must be from 0 to 1",
+    "--crop-pct 87.5": "--crop-pct 87.5 must be from 0 to 1",
+    "--label-smoothing 2": "--label-smoothing 2.0 must be from 0 to 1",
+    "--eager --activation-checkpoint": "--activation-checkpoint: not --eager",
     "--data NOWHERE": "NOWHERE/val, .*No such file or directory: .*NOWHERE/val",
     "--data BARE": "BARE/val, .*Found no valid file for the classes a",
-    "--data HOLLOW": "HOLLOW/val, .*Couldn't find any class folder",
     "--data ODD": "--data .*ODD: train and val have other classes",
     "--data FEW --num-classes 1": "--num-classes: below 2 folders",
     "--data FEW --rand-augment wild": "--rand-augment wild: Unknown AA policy",
     "--data FEW": "a batch of 32 is more than 4 images",
-    "--init-from NOWHERE.npz": "NOWHERE.npz must be an .npz or .safetensors file: .*No such file",
     "--init-from NOWHERE.pth": "NOWHERE.pth must be an .npz or .safetensors file: '.pth'",
-    "--init-from VOID.npz": "VOID.npz must be an .npz or .safetensors file: No data left",
     "--init-from VOID.safetensors": "VOID.safetensors must be an .* file: .*header too small",
-    "--eval-only --resume --output-dir OUT": "OUT/checkpoint.npz must be .*: .*No such file",
-    "--output-dir VOID.npz": "--output-dir: .*File exists: .*VOID",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
 
 
 @pytest.fixture(scope="session")
 def bad_folders(tmp_path_factory):
-    root, image = tmp_path_factory.mktemp("bad"), Image.new("RGB", (8, 8))
-    for name, train_classes, val_classes, count in (
-        ("BARE", "a", "a", 0),
-        ("HOLLOW", "", "", 0),
-        ("ODD", "ab", "a", 2),
-        ("BROKEN", "a", "a", 2),
-        ("FEW", "ab", "ab", 2),
-    ):
-        for split, classes in (("train", train_classes), ("val", val_classes)):
-            (root / name / split).mkdir(parents=True)
-            for label in classes:
-                (root / name / split / label).mkdir()
-                for i in range(count):
-                    image.save(root / name / split / label / f"{i}.png")
+    root = tmp_path_factory.mktemp("bad")
+    folders = "ODD/train/a ODD/train/b ODD/val/a FEW/train/a FEW/train/b FEW/val/a FEW/val/b"
+    for folder in f"{folders} BROKEN/train/a BROKEN/val/a".split():
+        (root / folder).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(root / folder / f"{i}.png")
+    (root / "BARE/val/a").mkdir(parents=True)
     (root / "BROKEN/train/a/1.png").write_text("not an image")
-    (root / "VOID.npz").touch()
     (root / "VOID.safetensors").touch()
     return root
 
@@ -962,7 +879,6 @@ def test_a_mistake_is_told_in_one_sentence(bad_folders, flags):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--lr fast", "invalid float value: 'fast'"),
     ("--tensor-parallel 2 --num-heads 5 --embed-dim 60", "2 tensor-parallel ranks do not divide 5"),
     ("--data BROKEN --micro-batch-size 1 --data-parallel 2", "a/1.png cannot be read as an image"),
     ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9", "loss (nan|inf) at step .: lower --lr"),
@@ -983,30 +899,17 @@ def free_port():
         return str(free.getsockname()[1])
 
 
-def test_under_other_launchers_a_run_does_not_start_again_and_a_mistake_is_told_once():
+def test_under_another_launcher_a_run_does_not_start_its_processes_again():
     before = ["-c", LAUNCH, "--nproc_per_node", "2", "--master_port", free_port()]
     flags = [*TINY, "--data-parallel", "2", "--eager", "--steps", "2"]
-    run = train_py(*flags, before=before)
+    run = train_py(*flags, before=before, SLURM_STEP_NUM_TASKS="2")
     assert run.returncode == 0 and run.stdout.count("data 2 x tensor 1 x pipeline 1") == 1
-    before[-1] = free_port()
-    run = train_py("--data-parallel", 3, before=before)
-    assert run.returncode == 1  # that of OneFlow's launcher
-    assert run.stderr.count("3 x 1 x 1 = 3 must be the number of processes, 2") == 1
-    env = {**CLEAN, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command, runs = [sys.executable, "train.py", *flags], []
-    for rank in "01":  # as a scheduler does
-        env.update(RANK=rank, LOCAL_RANK=rank, SLURM_STEP_NUM_TASKS="2")
-        runs.append(subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, text=True))
-        time.sleep(1)  # rank 0 listens first
-    texts = [run.communicate(timeout=60)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0] and texts[1] == "" and "step 2 " in texts[0]
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_a_run_that_a_scheduler_started_several_times_without_ranks_is_refused(name):
-    run = train_py(*TINY, "--data-parallel", "2", **{name: "2"})
+def test_tasks_of_slurm_that_were_not_told_their_ranks_are_refused():
+    run = train_py(*TINY, "--data-parallel", "2", SLURM_STEP_NUM_TASKS="2")
     assert run.returncode == 2 and run.stdout == ""
-    assert "train.py: 2 processes, each alone: set RANK, WORLD_SIZE" in run.stderr
+    assert "train.py: 2 tasks of Slurm, each alone: README has the line for srun" in run.stderr
 
 
 @on_meshes(((1, 4, 1),))
@@ -1064,27 +967,19 @@ def start(folder, *flags):
     return run, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
 
 
-@pytest.mark.parametrize("mode, other", [
-    ("--eager", "--tensor-parallel 2 --sequence-parallel"),
-    ("", "--pipeline-parallel 2 --accumulation-steps 2"),
-])  # fmt: skip
-def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path, mode, other):
+def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path):
     make_folder(tmp_path / "images", dict(train=16, val=2))
-    flags = [*TINY, *mode.split(), "--data", tmp_path / "images", "--workers", 1]
-    flags += ["--steps", 40, "--save-every", 2, "--eval-every", 20]
+    flags = [*TINY, "--data", tmp_path / "images", "--workers", 1]
+    flags += ["--steps", 20, "--save-every", 2, "--eval-every", 10]
     two = ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4]
-    proxy = dict(http_proxy="http://127.0.0.1:9")  # it is not asked
-    run = train_py(*flags, *two, "--output-dir", tmp_path / "full", **proxy)
-    last = r"step: median (\S+) ms, (\S+) images/s; peak memory of rank 0: (\S+) GB\n"
-    ms, speed, memory = map(float, re.search(last, run.stdout).groups())
-    assert speed == pytest.approx(8e3 / ms, rel=0.01) and 0.1 < memory < 10  # of both replicas
+    run = train_py(*flags, *two, "--output-dir", tmp_path / "full", http_proxy="http://127.0.0.1:9")
     run, children = start(tmp_path / "killed", *flags, *two)
     os.kill(int(children[1]), signal.SIGKILL)
     assert run.wait(timeout=30) != 0 and all_end(children)
     assert "train.py: a process ended by SIG" in (tmp_path / "killed.log").read_text()
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    size = 4 if "accumulation" in other else 8
-    for name, mesh in (("killed", two), ("other", [*other.split(), "--micro-batch-size", size])):
+    other = "--pipeline-parallel 2 --accumulation-steps 2 --micro-batch-size 4".split()
+    for name, mesh in (("killed", two), ("other", other)):
         run = train_py(*flags, *mesh, "--output-dir", tmp_path / name, "--resume")
         assert run.returncode == 0 and "resume was False and is True" in run.stdout, run.stderr
     full, killed = (dict(np.load(tmp_path / k / "checkpoint.npz")) for k in ("full", "killed"))
@@ -1106,11 +1001,10 @@ def test_a_signal_to_the_command_ends_all_processes(tmp_path, name):
     assert "Traceback" not in (tmp_path / "out.log").read_text()
 
 
-@pytest.mark.parametrize("flags", ["", "--data-parallel 2"], ids=["one process", "two processes"])
-def test_a_pipe_that_closes_and_a_full_disk_end_a_run(flags):
-    command = f"{sys.executable} train.py {' '.join(TINY)} {flags} --eager --steps 200"
-    for end in ("| head -n 4", "> /dev/full"):
-        shell = ["bash", "-c", f"set -o pipefail; {command} {end}"]
+def test_a_pipe_that_closes_and_a_full_disk_end_a_run():
+    command = f"{sys.executable} train.py {' '.join(TINY)} --eager --steps 200"
+    for flags, end in (("", "> /dev/full"), ("--data-parallel 2", "| head -n 4")):
+        shell = ["bash", "-c", f"set -o pipefail; {command} {flags} {end}"]
         run = subprocess.run(shell, cwd=HERE, env=CLEAN, capture_output=True, timeout=60)
         assert run.returncode == 1
 
@@ -1139,18 +1033,10 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     capsys.readouterr()
     run_main(*flags, "--eager", "--resume", "--lr", 0.01)  # nothing is left to do
     assert "lr was 0.001 and is 0.01\n" in capsys.readouterr().out
-    few = [*TINY, "--eager", "--lr", 0, "--steps", 2, "--num-classes", 7, "--seed", 5]
-    new = full_weights(run_main(*few).model)
-    tuned = full_weights(run_main(*few, "--init-from", checkpoint).model)
-    assert "its head is for other classes" in capsys.readouterr().out
-    for name, weight in np.load(checkpoint).items():
-        if "/" not in name:
-            want = new[name] if name.startswith("head.") else weight
-            assert np.array_equal(tuned[name], want), name
     assert checkpoint.read_bytes() == before
 
 
-def test_renamed_classes_are_refused_and_another_number_of_images_is_told(tmp_path, capsys):
+def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_path, capsys):
     make_folder(tmp_path, dict(train=4, val=1))
     checkpoint = tmp_path / "run/checkpoint.npz"
     flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 4, "--eager"]
@@ -1164,7 +1050,7 @@ def test_renamed_classes_are_refused_and_another_number_of_images_is_told(tmp_pa
         run_main(*flags, "--eval-only", "--init-from", checkpoint)
     with pytest.raises(UsageError, match=r"classes was \['class0', .* must not be .*'zebra'\]"):
         run_main(*run, "--resume")
-    tuned = run_main(*flags, "--steps", 1, "--lr", 0, "--init-from", checkpoint, "--seed", 7)
+    tuned = run_main(*flags, "--steps", 1, "--lr", 0, "--init-from", checkpoint, "--num-classes", 7)
     assert "its head is for other classes and is not loaded" in capsys.readouterr().out
     for name, weight in full_weights(tuned.model).items():
         assert np.array_equal(weight, before[name]) != name.startswith("head."), name
@@ -1173,19 +1059,11 @@ def test_renamed_classes_are_refused_and_another_number_of_images_is_told(tmp_pa
     (tmp_path / "train/class0/0.png").unlink()
     run_main(*run, "--resume")
     assert "images was 12 and is 11" in capsys.readouterr().out
-
-
-def test_eval_only_needs_validation_images_and_weights_alone(tmp_path, capsys):
-    make_folder(tmp_path, dict(train=4, val=2))
-    flags = [*TINY, "--data", tmp_path, "--workers", 1, "--output-dir", tmp_path / "run"]
-    run_main(*flags, "--micro-batch-size", 12, "--steps", 3)
-    shutil.rmtree(tmp_path / "train")
-    want = metrics(tmp_path / "run")[-1]
-    for weights in (["--resume"], ["--init-from", tmp_path / "run/checkpoint.npz"]):
-        run_main(*flags, "--eval-only", *weights)
-        lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1]) == pytest.approx(want)
-    assert len(lines) == 6 and "images: 0 to train, 6 to validate" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "train")  # validation needs none
+    run_main(*run, "--eval-only", "--init-from", checkpoint)
+    assert "images: 0 to train, 3 to validate" in capsys.readouterr().out
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert lines[-1] == lines[-2]
 
 
 def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told(tmp_path, capsys):
@@ -1204,51 +1082,37 @@ def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told
         save_file(half, path)
         with pytest.raises(UsageError, match=f"pos_embed of {tokens} tokens is not a class token"):
             run_main(*run, path)
-    header = b'{"cls_token": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
-    with pytest.raises(UsageError, match="must be .*: .*'bfloat16' not understood"):
-        run_main(*run, path)
 
 
-def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_epoch(tmp_path, capsys):
+def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_checkpoint(tmp_path):
     make_folder(tmp_path, dict(train=4, val=1))
     image, lines = tmp_path / "val/class0/0.png", tmp_path / "run/metrics.jsonl"
     flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 6, "--steps", 6]
-    flags += ["--eager", "--eval-every", 5, "--output-dir", tmp_path / "run", "--resume"]
+    flags += ["--eager", "--eval-every", 5, "--resume", "--output-dir"]
     pixels = image.read_bytes()
     image.write_text("not an image")
     with pytest.raises(UsageError, match="cannot be read"):
-        run_main(*flags)  # nothing is there yet: it starts at step 0, and ends at step 5
+        run_main(*flags, tmp_path / "run")  # nothing is there yet: it starts at step 0
+    image.write_bytes(pixels)
+    before = (tmp_path / "run/checkpoint.npz").read_bytes()  # of the second epoch, step 4
+    command = " ".join(map(str, [sys.executable, "train.py", *flags, tmp_path / "run"]))
+    full_disk = ["bash", "-c", f"ulimit -f 200; exec {command}"]  # 200 of 1,024 bytes
+    run = subprocess.run(full_disk, cwd=HERE, env=CLEAN, capture_output=True, text=True)
+    assert run.returncode == 1 and "File too large" in run.stderr
+    assert (tmp_path / "run/checkpoint.npz").read_bytes() == before
     with open(lines, "a") as file:
         file.write('{"step": 6, "lo')  # as a kill leaves it
-    image.write_bytes(pixels)
-    run_main(*flags)
+    parts = full_weights(run_main(*flags, tmp_path / "run").model)
     steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 5, 5, 6, 6]  # an epoch is two steps
-    assert {*(tmp_path / "run").iterdir()} == {lines, tmp_path / "run/checkpoint.npz"}
-
-
-def test_a_checkpoint_is_complete_or_the_one_before_and_written_before_validation(tmp_path):
-    make_folder(tmp_path / "images", dict(train=4, val=1))
-    (tmp_path / "images/val/class0/0.png").write_text("not an image")
-    flags = [*TINY, "--data", tmp_path / "images", "--micro-batch-size", 12, "--steps", 3]
-    flags += ["--eval-every", 2]
-    run = train_py(*flags, "--output-dir", tmp_path / "run", "--eager")
-    assert run.returncode == 2 and "val/class0/0.png cannot be read as an image" in run.stderr
-    before = (tmp_path / "run/checkpoint.npz").read_bytes()
-    command = [sys.executable, "train.py", *flags, "--output-dir", tmp_path / "run", "--eager"]
-    small = f"ulimit -f 200; exec {' '.join(map(str, command))} --resume"
-    run = subprocess.run(["bash", "-c", small], cwd=HERE, env=CLEAN, capture_output=True, text=True)
-    assert run.returncode == 1 and "File too large" in run.stderr  # 200 of 1,024 bytes
-    assert (tmp_path / "run/checkpoint.npz").read_bytes() == before
+    assert steps == [1, 2, 3, 4, 5] + [5, 5, 6] + [5, 5, 6, 6]  # a 5 and a 6 are validations
+    at_once = full_weights(run_main(*flags, tmp_path / "full").model)
+    assert all(np.array_equal(at_once[name], parts[name]) for name in parts)
 
 
 @on_meshes(((2, 1, 1),))
-def test_ranks_that_list_other_files_or_were_given_other_flags_are_refused(mesh):
-    dist.setup(*mesh)
-    train.check_agreement("the same", 3)
+def test_ranks_that_were_given_other_flags_are_refused(mesh):
     with pytest.raises(UsageError, match="the ranks differ in flags, device or files"):
-        train.check_agreement("another", dist.rank)
+        run_main(*TINY, "--data-parallel", 2, "--lr", 1 + dist.rank)
 
 
 # 9. The proof as a table --------------------------------------------------------------------------
@@ -1257,10 +1121,8 @@ def test_ranks_that_list_other_files_or_were_given_other_flags_are_refused(mesh)
 def print_proof(processes):
     """A row for each mesh and mode: differences from one process, bytes by plan and by formula."""
     print("Trained with", ON["everything"], "(--activation-checkpoint: graph alone)")
-    print("mesh   mode   loss     weight   bytes a step: data, tensor, both, pipeline; formula")
-    cases = [case for case in CASES if case[1] == "everything" and case[3] == 2]
-    cases = [case for case in cases if math.prod(case[0]) in processes]
-    exit_code = 0
+    print("mesh   mode   loss     weight   bytes a step along data, tensor, pipeline")
+    cases = [case for case in CASES if case[1] == "everything" and math.prod(case[0]) in processes]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             set_folder(Path(folder))
@@ -1269,18 +1131,15 @@ def print_proof(processes):
             names = [name for name, (_, case) in BODIES[n].items() if case in cases]
             for name, ranks in start_ranks(n, names).items():
                 mesh, _, mode, _ = name.partition("[")[2].split("-")
-                text = "NOT AS ONE PROCESS, OR NOT THE BYTES OF THE FORMULA"
-                error = next((error for error, _ in ranks if error), None)
-                if error:
-                    exit_code = 1
-                    print(error, file=sys.stderr)
-                else:
-                    loss, weight, moved = ranks[0][1]
-                    text = f"{loss:<9.1e}{weight:<9.1e}"
-                    if moved:
-                        text += " ".join(f"{size:,}" for size in moved.values()) + "; the same"
-                print(f"{mesh:<7}{mode:<7}{text}", flush=True)
-    sys.exit(exit_code)
+                errors = [error for error, _ in ranks if error]
+                if errors:
+                    sys.exit(f"{mesh} {mode}: NOT AS ONE PROCESS OR AS THE FORMULAS\n{errors[0]}")
+                loss, weight, moved = ranks[0][1]
+                text = f"{mesh:<7}{mode:<7}{loss:<9.1e}{weight:<9.1e}"
+                if moved:
+                    sizes = (f"{moved[axis]:,}" for axis in ("data", "tensor", "pipeline"))
+                    text += " ".join(sizes) + ", as the formulas say"
+                print(text, flush=True)
 
 
 if __name__ == "__main__":

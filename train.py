@@ -9,12 +9,11 @@ python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-d
 """
 
 import argparse
-import ctypes.util
+import ctypes
 import json
 import math
 import os
 import random
-import resource
 import signal
 import socket
 import sys
@@ -24,14 +23,9 @@ import zlib
 from pathlib import Path
 from subprocess import Popen
 
-# Read before the engine is loaded: it sets WORLD_SIZE to 1 where MASTER_ADDR is missing.
-NAMES = "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
-started_by_scheduler = max(int(os.environ.get(name, 1)) for name in NAMES)
-
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
 from vit3d import MODELS, B, S, UsageError, VisionTransformer, batch_to_global, dist, distribute
 from vit3d import draw_mesh, flow, full_array, load_timm_state_dict, load_weights, nn, require
@@ -45,16 +39,12 @@ from oneflow.utils.data import DataLoader, Dataset
 
 
 class SyntheticImages(Dataset):
-    """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size).
-
-    One of your own has `classes`, `targets`, `__getitem__` and `samples`: a list, as of its files,
-    that must be the same on all ranks.
-    """
+    """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size)."""
 
     def __init__(self, split, img_size, args):
         self.split, self.img_size, self.seed = split, img_size, args.seed
         num_classes = args.num_classes or 10
-        self.classes, self.samples = list(range(num_classes)), []  # no files
+        self.classes = list(range(num_classes))
         self.targets = np.arange(4096 if split == "train" else 1000) % num_classes
         self.patterns = np.random.default_rng(args.seed).standard_normal((num_classes, 3, 4, 4))
 
@@ -152,9 +142,8 @@ class TrainGraph(nn.Graph):
         self.model = trainer.model
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
-        if args.activation_checkpoint:
-            for block in self.model.blocks:
-                block.to(nn.graph.GraphModule).activation_checkpointing = True
+        for block in self.model.blocks:
+            block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         VisionTransformer.set_pipeline_stage_id(self.model)
 
     def _generate_config_proto(self):
@@ -179,13 +168,11 @@ class TrainGraph(nn.Graph):
 
 
 class Trainer:
-    """Model, AdamW and schedule; `step` trains on a batch, by a graph or eagerly."""
+    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine."""
 
     def __init__(self, model, args, steps):
-        """No decay on biases, norms, cls_token, pos_embed; warm-up, then cosine."""
         self.model, self.args = model.train(), args
-        # A graph that accumulates and does not clip updates weights that a backward pass
-        # still reads: there is always a norm to wait for, and 1e9 clips nothing.
+        # A graph's update must wait for all gradients: their norm does. 1e9 clips nothing.
         clip = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         decay = dict(params=[], weight_decay=args.weight_decay, **clip)
         no_decay = dict(params=[], weight_decay=0.0, **clip)
@@ -252,8 +239,8 @@ def evaluate(model, data_set, args):
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             scores.append(score(logits, targets[batch.flatten()]))
     model.train()
-    of_all = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
-    means = {name: of_each[:length].mean() for name, of_each in of_all.items()}  # without filling
+    # The last batch is filled up with images that were counted: [:length] leaves them out.
+    means = {k: np.concatenate([part[k] for part in scores])[:length].mean() for k in scores[0]}
     return dict(means, images=length)
 
 
@@ -274,10 +261,7 @@ def save_checkpoint(trainer, record, path):
             arrays[name if name in weights else f"optimizer/{name}"] = array
     if dist.rank == 0:
         unfinished = path.with_name(f"unfinished-{os.getpid()}.npz")  # of this run alone
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
+        np.savez(unfinished, **arrays)
         unfinished.replace(path)
 
 
@@ -376,27 +360,23 @@ def parse_arguments(argv=None):
     add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, help="steps from one validation to the next")
-    add("--eval-only", action="store_true", help="no training, only --init-from or --resume")
+    add("--eval-only", action="store_true", help="no training, only --init-from")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoint.npz go")
     add("--save-every", type=int, help="steps from one checkpoint to the next (an epoch)")
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
     add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
-    at_most_1 = "drop_rate attn_drop_rate drop_path_rate random_erasing crop_pct".split()
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        least = 0 if name in ("seed", "warmup_steps") or type(value) is float else 1
-        in_range = type(value) not in (int, float) or least <= value < math.inf
-        require(in_range, f"{flag} must be at least {least}")
-        require(name not in at_most_1 or value <= 1, f"{flag} must be at most 1")
-    require(args.label_smoothing < 1, f"--label-smoothing {args.label_smoothing} must be below 1")
+        if type(value) in (int, float):
+            least = 0 if type(value) is float or name in ("seed", "warmup_steps") else 1
+            most = 1 if name in ("random_erasing", "label_smoothing", "crop_pct") else math.inf
+            flag = f"--{name.replace('_', '-')} {value}"
+            require(least <= value <= most, f"{flag} must be from {least} to {most}")
     is_odd = (args.mixup or args.cutmix or args.label_smoothing) and args.micro_batch_size % 2
     require(not is_odd, "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even")
-    of_graph = args.eager and args.activation_checkpoint
-    require(not of_graph, "--activation-checkpoint needs a graph: leave out --eager")
+    require(not (args.eager and args.activation_checkpoint), "--activation-checkpoint: not --eager")
     require(args.output_dir or not args.resume, "--resume needs --output-dir")
-    has_weights = args.init_from or args.resume
-    require(has_weights or not args.eval_only, "--eval-only needs --init-from or --resume")
+    require(args.init_from or not args.eval_only, "--eval-only needs --init-from")
     return args
 
 
@@ -408,8 +388,6 @@ def launch(processes, command):
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
-    # With jemalloc, if the machine has it, a graph of many ranks compiles a quarter faster.
-    environment.setdefault("LD_PRELOAD", ctypes.util.find_library("jemalloc") or "")
     libc, ranks = ctypes.CDLL(None), []
     for rank in range(processes):
         # A rank that starts before rank 0 listens sleeps 10 s in the engine.
@@ -428,21 +406,13 @@ def launch(processes, command):
     return abs(code)
 
 
-def check_agreement(*values):
-    """Raise UsageError unless all ranks hold the same: else labels could shift."""
-    checksum = flow.tensor([zlib.crc32(repr(values).encode())])
-    world = flow.placement("cpu", list(range(dist.world_size)))
-    checksums = full_array(checksum.to_global(placement=world, sbp=S(0)))
-    require(len(set(checksums)) == 1, "the ranks differ in flags, device or files")
-
-
 def report(metrics, is_shown, **record):
     """A line of metrics.jsonl and, if it is shown, one of text, both by rank 0."""
     if metrics:
         print(json.dumps(record), file=metrics)
     if is_shown and dist.rank == 0:
         text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
-        tqdm.write("  ".join(f"{k} {v}" for k, v in text.items()))
+        print("  ".join(f"{k} {v}" for k, v in text.items()))
 
 
 def main(args):
@@ -469,7 +439,12 @@ def main(args):
     is_saved = checkpoint is not None and checkpoint.exists()
     is_kept = args.resume or args.eval_only or not is_saved
     require(is_kept, f"{checkpoint} exists: --resume goes on from it, or take another --output-dir")
-    check_agreement(vars(args), dist.device_type, train.samples, val.samples, is_saved)
+    # All ranks must have the same of these, or labels could shift.
+    same = [vars(args), dist.device_type, list(train.targets), list(val.targets), is_saved]
+    checksum = flow.tensor([zlib.crc32(repr(same).encode())])
+    world = flow.placement("cpu", list(range(dist.world_size)))
+    checksums = full_array(checksum.to_global(placement=world, sbp=S(0)))
+    require(len(set(checksums)) == 1, "the ranks differ in flags, device or files")
 
     # the model
     mixup, loss_func = None, None
@@ -481,13 +456,10 @@ def main(args):
     rates = {name: rate for name, rate in vars(args).items() if name.endswith("_rate")}
     model, metrics = VisionTransformer(**sizes, **rates, loss_func=loss_func), None
     if args.output_dir and dist.rank == 0:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            path = args.output_dir / "metrics.jsonl"
-            metrics = open(path, "a", 1)
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
-        except OSError as error:
-            raise UsageError(f"--output-dir: {error}") from None
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path = args.output_dir / "metrics.jsonl"
+        metrics = open(path, "a", 1)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
     if dist.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{draw_mesh(dist)}\n{count:,} parameters, {batch_size} images a step, {steps} steps")
@@ -498,8 +470,7 @@ def main(args):
     run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
     run.update(classes=list(map(str, val.classes)), flags=dict(flags, images=str(images)))
     if args.eval_only:
-        path = checkpoint if args.resume else args.init_from
-        step = load_initial_weights(model, path, run, args)
+        step = load_initial_weights(model, args.init_from, run, args)
         return report(metrics, True, step=step, **evaluate(model, val, args))
     trainer, first_step = Trainer(model, args, steps), 0
     if is_saved:
@@ -511,26 +482,18 @@ def main(args):
     flow.manual_seed(args.seed + first_step)  # of the masks
     keys = training_keys(images, batch_size, args, first_step, steps)
     batches = load_batches(train, keys, args, mixup)
-    is_hidden = dist.rank > 0 or None  # None: where stderr is not a terminal
-    batches = tqdm(batches, total=steps, initial=first_step, disable=is_hidden)
-    save_every = args.save_every or per_epoch
-    seconds, start = [], time.perf_counter()
+    save_every, start = args.save_every or per_epoch, time.perf_counter()
     for step, batch in enumerate(batches, first_step + 1):
         loss, lr = trainer.step(*batch)
         require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
-        seconds.append(time.perf_counter() - start)
-        record = dict(loss=loss, lr=lr, images_per_s=round(batch_size / seconds[-1], 1))
-        report(metrics, step % max(steps // 20, 1) == 0, step=step, **record)
+        images_per_s = round(batch_size / (time.perf_counter() - start), 1)
+        is_shown = step % min(max(steps // 20, 1), 100) == 0
+        report(metrics, is_shown, step=step, loss=loss, lr=lr, images_per_s=images_per_s)
         if args.output_dir and (step == steps or step % save_every == 0):
             save_checkpoint(trainer, dict(run, step=step), checkpoint)
         if step == steps or args.eval_every and step % args.eval_every == 0:
             report(metrics, True, step=step, **evaluate(model, val, args))
         start = time.perf_counter()
-    if seconds and dist.rank == 0:
-        median = np.median(seconds[1:] or seconds)  # the first step compiles the graph
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        speed = f"step: median {1e3 * median:.1f} ms, {batch_size / median:.1f} images/s"
-        print(f"{speed}; peak memory of rank 0: {memory:.2f} GB")
 
 
 if __name__ == "__main__":
@@ -539,9 +502,9 @@ if __name__ == "__main__":
     try:
         args = parse_arguments()
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
-        names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (README's line for srun)"
-        is_alone = dist.world_size == 1 < started_by_scheduler
-        require(not is_alone, f"{started_by_scheduler} processes, each alone: set {names}")
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        error_message = f"{tasks} tasks of Slurm, each alone: README has the line for srun"
+        require(tasks == 1 or dist.world_size > 1, error_message)
         if processes > 1 and dist.world_size == 1:
             sys.exit(launch(processes, [sys.executable, *sys.argv]))
         main(args)

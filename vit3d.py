@@ -26,7 +26,6 @@ paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer mo
 """
 
 import contextlib
-import copy
 import ctypes
 import itertools
 import math
@@ -92,7 +91,7 @@ class Dist:
         self, data_parallel_size=1, tensor_parallel_size=1, pipeline_parallel_size=1,
         pipeline_num_layers=None, shard_params=False, sequence_parallel=False, device_type=None,
     ):
-        """Lay the mesh over all processes. Call it before a model is built.
+        """Lay the mesh over all processes. Call it once, before a model is built.
 
         The stages share the `pipeline_num_layers` layers evenly. With `shard_params` the replicas
         share the storage of the weights. With `sequence_parallel` the ranks of the tensor-parallel
@@ -152,7 +151,7 @@ class Dist:
 
     def get_nd_sbp(self, sbp_list):
         """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
-        return [sbp for sbp, size in zip(sbp_list, self.ranks.shape) if size > 1] or [B]
+        return [sbp for sbp, size in zip(sbp_list, self.ranks.shape[:2]) if size > 1] or [B]
 
     def get_hidden_sbp(self):
         """The sbp of (b, n, c) between layers: each rank has all tokens of its replica's images.
@@ -196,16 +195,11 @@ def distribute(tensor, placement, sbp):
 
 
 class Layer(nn.Module):
-    """What all layers share: a place in the model, the mesh, and how weights are stored.
-
-    `layer_idx` gives the pipeline stage. `dist` is the mesh as it was when the layer was built: a
-    later `dist.setup` does not change it, only where `batch_to_global` puts new batches.
-    """
+    """What all layers share: a place in the model, `layer_idx`, and how weights are stored."""
 
     def __init__(self, layer_idx):
         super().__init__()
         self.layer_idx = layer_idx
-        self.dist = copy.copy(dist)
 
     def new_parameter(self, tensor, tensor_axis_sbp=B):
         """A local CPU tensor, the same on every rank -> a parameter on the layer's placement.
@@ -215,12 +209,12 @@ class Layer(nn.Module):
         A parameter that has no such dimension stays whole on each replica.
         """
         data_sbp = B
-        if self.dist.shard_params:
-            size = self.dist.data_parallel_size
+        if dist.shard_params:
+            size = dist.data_parallel_size
             fits = [S(i) for i, n in enumerate(tensor.shape) if n % size == 0]
             data_sbp = next((sbp for sbp in fits if sbp != tensor_axis_sbp), B)
-        placement = self.dist.get_layer_placement(self.layer_idx)
-        sbp = self.dist.get_nd_sbp([data_sbp, tensor_axis_sbp])
+        placement = dist.get_layer_placement(self.layer_idx)
+        sbp = dist.get_nd_sbp([data_sbp, tensor_axis_sbp])
         return nn.Parameter(distribute(tensor, placement, sbp))
 
     def gather(self, parameter, tensor_axis_sbp=B):
@@ -231,10 +225,10 @@ class Layer(nn.Module):
         Rajbhandari et al., 2020, arXiv:1910.02054.) The gathered copy lives until the layer's
         backward pass has used it.
         """
-        if not self.dist.shard_params:
+        if not dist.shard_params:
             return parameter
-        sbp = self.dist.get_nd_sbp([B, tensor_axis_sbp])
-        partial_sbp = self.dist.get_nd_sbp([P, tensor_axis_sbp])
+        sbp = dist.get_nd_sbp([B, tensor_axis_sbp])
+        partial_sbp = dist.get_nd_sbp([P, tensor_axis_sbp])
         # The engine aborts on moving a parameter itself, so it moves a copy: `* 1.0`.
         # This move is ZeRO-3. Forward it is an all-gather, backward a reduce-scatter.
         parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
@@ -248,8 +242,8 @@ def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x, (..., c)."""
     if x.placement.type == "cuda":  # was not run
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
-    # On the CPU the engine has no layer_norm kernel, and adding (..., 1) to (..., c) is 100 times
-    # slower than the product with a row of ones that spreads it.
+    # On the CPU the engine has no layer_norm kernel. Averages and spreading are matrix products,
+    # since adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
     c = x.shape[-1]
     like_weight = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)
     ones = flow._C.global_constant((1, c), 1.0, **like_weight)
@@ -278,7 +272,7 @@ class Linear(Layer):
         weight_sbp = {"data": B, "col": S(0), "row": S(1)}
         require(parallel in weight_sbp, f"parallel {parallel!r} must be 'data', 'col' or 'row'")
         split = {"data": 0, "col": out_features, "row": in_features}[parallel]
-        ranks = self.dist.tensor_parallel_size
+        ranks = dist.tensor_parallel_size
         require(split % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {split} features")
         self.parallel = parallel
         self.weight_sbp = weight_sbp[parallel]
@@ -289,8 +283,8 @@ class Linear(Layer):
         self.bias = self.new_parameter(zeros, self.bias_sbp) if bias else None
 
     def forward(self, x):
-        full_sbp, hidden_sbp = self.dist.get_nd_sbp([S(0), B]), self.dist.get_hidden_sbp()
-        split_sbp = self.dist.get_nd_sbp([S(0), S(x.ndim - 1)])
+        full_sbp, hidden_sbp = dist.get_nd_sbp([S(0), B]), dist.get_hidden_sbp()
+        split_sbp = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
         # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for
         # dx = dy W, and it aborts on moving a parameter (see `gather`).
@@ -331,16 +325,17 @@ class LayerNorm(Layer):
 class Dropout(nn.Module):
     """Zero an element with probability p and scale the others by 1 / (1 - p), when training.
 
-    The mask is the one that a single process would draw, on every mesh: each call of `flow.rand`
-    takes a seed from the generator of every rank, whichever stage it runs on. The price: each rank
-    draws the whole batch's numbers. (In the engine's own, dropouts of one shape share a mask.)
+    On every mesh the mask is the one that a single process would draw. For this each rank of the
+    stage draws the numbers of the whole batch, and keeps its slice. The ranks of other stages
+    compute nothing, but `flow.rand` moves their generators on, too, so all stay alike. (The
+    engine's own `nn.Dropout` gives the same mask to all dropouts of one shape.)
     """
 
     def __init__(self, p=0.0, *, layer_idx=None):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
-        self.layer_idx = layer_idx  # of one outside the blocks; in a block, that of the block
+        self.layer_idx = layer_idx  # given outside the blocks alone; inside, the block's counts
 
     def mask_shape(self, x):
         return x.shape
@@ -351,9 +346,9 @@ class Dropout(nn.Module):
         shape, sbp = self.mask_shape(x), [B] * len(x.sbp)
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
         splits = [S(i) for i, size in enumerate(shape) if size > 1]  # DropPath's is (b, 1, 1)
-        # One axis after the other, [B, B] -> [S(0), B] -> [S(0), S(1)], each rank keeps its slice:
-        # the engine aborts on both at once where the ranks do not divide a dimension. A mask has
-        # no gradient, and so no grad_sbp.
+        # Each rank keeps the slice that it has of x: [B, B] -> [S(0), B] -> [S(0), S(1)]. To cut
+        # both axes at once aborts in the engine where the ranks do not divide a dimension. A mask
+        # has no gradient, and so no grad_sbp.
         for axis, entry in enumerate(x.sbp):
             sbp[axis] = entry if entry in splits else B
             draw = draw.to_global(sbp=sbp)
@@ -427,7 +422,7 @@ class MultiheadAttention(Layer):
         output_dropout_prob=0.0, *, layer_idx=0,
     ):
         super().__init__(layer_idx)
-        heads, ranks = num_attention_heads, self.dist.tensor_parallel_size
+        heads, ranks = num_attention_heads, dist.tensor_parallel_size
         require(hidden_size % heads == 0, f"{heads} heads do not divide {hidden_size} features")
         require(heads % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {heads} heads")
         self.num_heads = heads
@@ -474,8 +469,8 @@ class TransformerLayer(Layer):
 
     def forward(self, x):
         # The step from one pipeline stage to the next is a send. Within a stage this line does
-        # nothing. In a graph with stage ids the engine moves x before the block is called.
-        x = x.to_global(placement=self.dist.get_layer_placement(self.layer_idx))
+        # nothing. A graph with stage ids does not need it: the engine has moved x already.
+        x = x.to_global(placement=dist.get_layer_placement(self.layer_idx))
         x = x + self.drop_path(self.self_attention(self.input_layernorm(x)))
         return x + self.drop_path(self.mlp(self.post_attention_layernorm(x)))
 
@@ -504,8 +499,9 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
 class VisionTransformer(Layer):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
 
-    `loss_func` is a module, (logits, labels) -> scalar; None is the cross entropy. Raises
-    UsageError if `depth` is not the number of layers that a pipeline was set up for.
+    `loss_func` is a module, (logits, labels) -> scalar, the mean over the images of all replicas.
+    None is the cross entropy. Raises UsageError if `depth` is not the number of layers that a
+    pipeline was set up for.
     """
 
     def __init__(
@@ -514,12 +510,12 @@ class VisionTransformer(Layer):
         loss_func=None, layer_norm_eps=1e-5,
     ):
         super().__init__(layer_idx=0)  # of its own parameters, cls_token and pos_embed
-        layers = len(self.dist.layer_stage_ids)
+        layers = len(dist.layer_stage_ids)
         error_message = f"depth {depth} must be the pipeline_num_layers of dist.setup, {layers}"
-        require(self.dist.pipeline_parallel_size == 1 or depth == layers, error_message)
+        require(dist.pipeline_parallel_size == 1 or depth == layers, error_message)
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_chans, embed_dim)
         tokens = self.patch_embed.num_patches + 1  # and the class token
-        ranks = self.dist.tensor_parallel_size if self.dist.sequence_parallel else 1
+        ranks = dist.tensor_parallel_size if dist.sequence_parallel else 1
         require(tokens >= ranks, f"sequence_parallel: {tokens} tokens are fewer than {ranks} ranks")
         cls_token = nn.init.normal_(flow.empty(1, 1, embed_dim), std=0.02)
         pos_embed = nn.init.normal_(flow.empty(1, tokens, embed_dim), std=0.02)
@@ -548,14 +544,14 @@ class VisionTransformer(Layer):
         cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)  # [B, B] -> [S(0), B]: a slice
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
-        x = x.to_global(sbp=self.dist.get_hidden_sbp(), grad_sbp=x.sbp)  # [S(0), B] -> hidden
+        x = x.to_global(sbp=dist.get_hidden_sbp(), grad_sbp=x.sbp)  # [S(0), B] -> hidden
         return self.blocks(self.pos_drop(x))
 
     def forward_head(self, x):
         """(b, tokens, c) -> logits (b, num_classes), from the class token alone."""
         x = self.norm(x)
         # hidden -> [S(0), B]: the class token is on one rank of [S(0), S(1)], the head on all
-        x = x.to_global(sbp=self.dist.get_nd_sbp([S(0), B]), grad_sbp=x.sbp)
+        x = x.to_global(sbp=dist.get_nd_sbp([S(0), B]), grad_sbp=x.sbp)
         return self.head(x[:, 0])
 
     def forward(self, images, labels=None):
@@ -610,7 +606,8 @@ TIMM_NAMES = {
 
 
 def _swap_rows(array, outer, inner):
-    """(outer x inner x n, ...) -> (inner x outer x n, ...): q, k, v of heads, heads of q, k, v."""
+    """(outer x inner x n, ...) -> (inner x outer x n, ...). timm's rows are all q, all k, all v;
+    ours are q, k and v of each head."""
     array = array.reshape(outer, inner, -1, *array.shape[1:]).swapaxes(0, 1)
     return array.reshape(-1, *array.shape[3:])
 
@@ -671,22 +668,23 @@ def set_pipeline_stage_id(model):
     `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`; one without
     has that of the module around it. A parameter has the stage of its placement.
 
-    With stage ids the engine moves the input of each module to its stage. Buffers between the
-    stages keep what the backward pass will need, so a stage can begin the next micro-batch before
-    the last one comes back: 1F1B. Nobody writes a schedule. A stage computes what has arrived.
+    With stage ids the engine moves the input of each module to its stage. It also puts buffers
+    between the stages, for what the backward pass will need. So a stage can begin a micro-batch
+    before the one ahead of it has come back: 1F1B. Nobody writes a schedule. A stage computes what
+    has arrived.
     """
     # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
-    # `to(nn.graph.GraphModule)` what the compiler keeps of it. All inputs of a module with a
-    # stage are moved there: not the model's own, or the labels would go to stage 0.
-    mesh = getattr(model.to(nn.Module), "dist", dist)  # the one that the model was built on
+    # `to(nn.graph.GraphModule)` what the compiler keeps of it. The engine moves all inputs of a
+    # module that has a stage. So the model itself gets none: its images belong to the first stage
+    # and its labels to the last.
     for module in model.modules():
         layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
         if layer_idx is not None and module is not model:
-            stage = mesh.get_layer_stage_id(layer_idx), mesh.get_layer_placement(layer_idx)
+            stage = dist.get_layer_stage_id(layer_idx), dist.get_layer_placement(layer_idx)
             module.to(nn.graph.GraphModule).set_stage(*stage)
     for parameter in model.parameters():
         placement = parameter.to(flow.Tensor).placement
-        _, _, stage_id = mesh.get_coordinates(placement.ranks.flat[0])
+        _, _, stage_id = dist.get_coordinates(placement.ranks.flat[0])
         parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
 
 
