@@ -167,8 +167,7 @@ ON = {  # what is on: the flags of train.py
     "checkpoint": "--activation-checkpoint",
     "everything": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1"
     " --shard-params --sequence-parallel --activation-checkpoint"
-    " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 10"
-    " --clip-grad 0.1",  # gradients are longer than that
+    " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 10",
 }
 TABLE = [
     # what is on   mode   micro-batches  meshes: data x tensor x pipeline
@@ -221,6 +220,7 @@ def train_steps(mesh, on, mode, micro_batches, depth):
     """Train by train.py, on 16 images a step -> {"losses": losses, name: full weight}."""
     flags = [*TINY, "--depth", depth, "--data", FOLDER / "images", "--workers", 1]
     flags += ["--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
+    flags += ["--clip-grad", 0.1]  # gradients are longer than that
     for name, size in zip(("data", "tensor", "pipeline"), mesh):
         flags += [f"--{name}-parallel", size]
     flags += ["--accumulation-steps", micro_batches]
@@ -1139,7 +1139,7 @@ def print_proof(processes):
                 if moved:
                     sizes = (f"{moved[axis]:,}" for axis in ("data", "tensor", "pipeline"))
                     text += " ".join(sizes) + ", as the formulas say"
-                print(text, flush=True)
+                print(text.rstrip(), flush=True)
 
 
 if __name__ == "__main__":
