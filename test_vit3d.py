@@ -52,7 +52,7 @@ from vit3d import (
     flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
 )  # fmt: skip
 
-# flowvision's own create_transform passes what its Resize warns of.
+# flowvision's create_transform gives its own Resize an argument that Resize warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:Argument interpolation should be")
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("VIT3D_TEST_FOLDER", "."))  # what pytest's process and ranks share
@@ -145,7 +145,7 @@ def launched(tmp_path_factory, request):
     """launched(n, name) fails if the body failed on a rank. Its first call runs all bodies of n."""
     collected, results = {item.name for item in request.session.items}, {}
     set_folder(tmp_path_factory.mktemp("ranks"))
-    ids = {name.partition("[")[2] for name in collected}
+    ids = {name.partition("[")[2] for name in collected}  # "2x1x1-zero-graph-2]"
     make_references([case for case in CASES if f"{case_id(*case)}]" in ids])
 
     def check(n, name):
@@ -257,13 +257,14 @@ def set_folder(folder):
 
 def reference_of(mesh, on, mode, micro_batches):
     """What one process runs, for a mesh to be held against: on, mode, micro-batches, depth."""
-    depth = max(2, mesh[2])  # each stage has a block
+    # Each stage has a block. Stochastic depth, which is in "everything", begins at the second.
+    depth = max(2 if on == "everything" else 1, mesh[2])
     # These change where things lie, and not what is computed.
     if on in ("zero", "sequence", "checkpoint"):
         on = "nothing"
     if "--drop-rate" not in ON[on]:  # a graph computes what eager mode does
         return on, "eager", 1, depth
-    # A graph draws other masks than eager mode, whose masks follow the order of micro-batches.
+    # Eager mode draws other masks than a graph, and others for each number of micro-batches.
     return on, mode, micro_batches if mode == "eager" else 1, depth
 
 
@@ -280,7 +281,7 @@ def new_model(depth):
 
 @on_meshes(*CASES)
 def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, on, mode, parts):
-    """Returns what section 9 prints: the largest differences and, by rank 0 of a graph, bytes."""
+    """Returns what section 9 prints: the largest differences and, on rank 0 for a graph, bytes."""
     reference = reference_of(mesh, on, mode, parts)
     want, depth = np.load(FOLDER / f"{reference}.npz"), reference[-1]
     with the_plan() as plan:
@@ -969,7 +970,7 @@ def start(folder, *flags):
 
 def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path):
     make_folder(tmp_path / "images", dict(train=16, val=2))
-    flags = [*TINY, "--data", tmp_path / "images", "--workers", 1]
+    flags = [*TINY, "--depth", 1, "--data", tmp_path / "images", "--workers", 1]
     flags += ["--steps", 20, "--save-every", 2, "--eval-every", 10]
     two = ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4]
     run = train_py(*flags, *two, "--output-dir", tmp_path / "full", http_proxy="http://127.0.0.1:9")
@@ -978,7 +979,7 @@ def test_a_killed_run_goes_on_to_the_bit_and_on_another_mesh(tmp_path):
     assert run.wait(timeout=30) != 0 and all_end(children)
     assert "train.py: a process ended by SIG" in (tmp_path / "killed.log").read_text()
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    other = "--pipeline-parallel 2 --accumulation-steps 2 --micro-batch-size 4".split()
+    other = "--tensor-parallel 2 --sequence-parallel --micro-batch-size 8".split()
     for name, mesh in (("killed", two), ("other", other)):
         run = train_py(*flags, *mesh, "--output-dir", tmp_path / name, "--resume")
         assert run.returncode == 0 and "resume was False and is True" in run.stdout, run.stderr

@@ -85,7 +85,7 @@ class FolderImages(datasets.ImageFolder):
 
     def __getitem__(self, key):
         path, target = self.samples[key[1]]
-        for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # all are drawn from
+        for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # transforms draw from all
             set_seed(zlib.crc32(repr([self.seed, *key]).encode()))
         try:
             with Image.open(path) as image:
@@ -147,8 +147,8 @@ class TrainGraph(nn.Graph):
         VisionTransformer.set_pipeline_stage_id(self.model)
 
     def _generate_config_proto(self):
-        # The engine clips each group of parameters by its own norm. The global norm takes
-        # one group, from whose decay the variables of the other are left out by name.
+        # The engine clips each group of parameters by its own norm. A global norm needs one group:
+        # this joins both, and names the variables that have no weight decay.
         super()._generate_config_proto()
         groups = self.config.proto.train_conf.optimizer_conf
         rates = {group.base_learning_rate for group in groups}
@@ -156,7 +156,7 @@ class TrainGraph(nn.Graph):
         require(len(groups) == 2 and len(rates) == 1, error_message)
         decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
-        if decay.HasField("weight_decay_conf"):  # SGD has its own for each variable
+        if decay.HasField("weight_decay_conf"):  # not SGD: it keeps each variable's apart
             patterns = [f"^{name}$" for name in no_decay.variable_op_names]
             decay.weight_decay_conf.excludes.pattern.extend(patterns)
         del groups[-1]
@@ -196,7 +196,7 @@ class Trainer:
             losses = self.graph(batch_to_global(images, 0), batch_to_global(labels, -1))
         else:
             losses = self.eager_step(images, labels)
-        self.scheduler.step()  # a graph computes its rate itself: here it is reported
+        self.scheduler.step()  # of eager mode; a graph computes the same rate itself
         return float(full_array(losses).mean()), lr
 
     def eager_step(self, images, labels):
@@ -303,7 +303,7 @@ def load_checkpoint(trainer, path, run):
     weights, state = dict(trainer.model.named_parameters()), {}
     first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
     for name in sorted(name for name in arrays if name.startswith("optimizer/")):
-        # optimizer/model.head.bias-m is head.bias's m. Others, without a weight: a graph's counts.
+        # optimizer/model.head.bias-m is head.bias's m. Those of no weight are a graph's counters.
         key = name.removeprefix("optimizer/")
         weight_name, _, kind = key.removeprefix("model.").rpartition("-")
         weight = weights.get(weight_name)
@@ -511,7 +511,7 @@ if __name__ == "__main__":
     except Exception as error:
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
-            time.sleep(min(dist.rank, 9))  # rank 0 tells what all find: its end ends the others
+            time.sleep(min(dist.rank, 9))  # all find a mistake: rank 0 tells it, and ends
             # What comes from a reader's process has its traceback in front.
             text = "train.py: " + str(error).rpartition("UsageError: ")[2].strip()
             print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)

@@ -186,7 +186,7 @@ def distribute(tensor, placement, sbp):
 
     So a weight that all ranks draw alike is the same on every mesh, however it is split.
     """
-    # The first move declares it as B (and the engine sends it all the same), the second cuts it.
+    # The first move declares it as B (the engine sends it anyway), the second cuts it.
     tensor = tensor.to_global(placement=placement, sbp=[B] * len(sbp))
     return tensor.to_global(sbp=sbp)
 
@@ -232,9 +232,9 @@ class Layer(nn.Module):
         # The engine aborts on moving a parameter itself, so it moves a copy: `* 1.0`.
         # This move is ZeRO-3. Forward it is an all-gather, backward a reduce-scatter.
         parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Forward this move does nothing. Backward it runs before the one above: [P, P] -> [P, B],
-        # since the engine has no single move from [P, P] to [S(0), B]. Only norms and row biases
-        # under sequence parallelism need it.
+        # Forward this move does nothing. Under sequence parallelism the gradient of a norm or of a
+        # row bias arrives as [P, P], and the engine has no single move from there to [S(0), B]. So
+        # it goes to [P, B] here, and then to [S(0), B] in the move above.
         return parameter.to_global(sbp=sbp, grad_sbp=partial_sbp)
 
 
@@ -335,7 +335,7 @@ class Dropout(nn.Module):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
-        self.layer_idx = layer_idx  # given outside the blocks alone; inside, the block's counts
+        self.layer_idx = layer_idx  # only given outside the blocks; inside, that of the block holds
 
     def mask_shape(self, x):
         return x.shape
@@ -671,7 +671,7 @@ def set_pipeline_stage_id(model):
     With stage ids the engine moves the input of each module to its stage. It also puts buffers
     between the stages, for what the backward pass will need. So a stage can begin a micro-batch
     before the one ahead of it has come back: 1F1B. Nobody writes a schedule. A stage computes what
-    has arrived.
+    has arrived, as long as its buffers have room.
     """
     # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
     # `to(nn.graph.GraphModule)` what the compiler keeps of it. The engine moves all inputs of a
