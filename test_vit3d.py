@@ -2,7 +2,7 @@
 """Each mesh trains as one process does and sends what the formulas say; one process trains right.
 
     python -m pytest -q          all tests
-    python test_vit3d.py [16]    the proof as a table: differences, and bytes by plan and formula
+    python test_vit3d.py         the proof as a table (with 16 or 32: on so many processes)
 
 To see what is true, read the first test, in section 1, and TABLE, in section 2.
 

@@ -345,7 +345,7 @@ class Dropout(nn.Module):
             return x
         shape, sbp = self.mask_shape(x), [B] * len(x.sbp)
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
-        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # DropPath's is (b, 1, 1)
+        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # of 1: B, as in (b, 1, 1)
         # Each rank keeps the slice that it has of x: [B, B] -> [S(0), B] -> [S(0), S(1)]. To cut
         # both axes at once aborts in the engine where the ranks do not divide a dimension. A mask
         # has no gradient, and so no grad_sbp.
@@ -541,7 +541,8 @@ class VisionTransformer(Layer):
         """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1)
-        cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)  # [B, B] -> [S(0), B]: a slice
+        # [B, B] -> [S(0), B]: a slice. Its gradient stays so; summed over images it is [P, B].
+        cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
         x = x.to_global(sbp=dist.get_hidden_sbp(), grad_sbp=x.sbp)  # [S(0), B] -> hidden
