@@ -126,7 +126,8 @@ def load_batches(data_set, keys, args, mixup=None):
             np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i], "mix"]).encode()))
             pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
         return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
-    # Files are read in other processes: in this one transforms would reset dropout's masks.
+    # FolderImages seeds flow for each image. Here that would repeat the masks of dropout, so its
+    # files are read in other processes.
     workers = args.workers if args.data else 0
     return DataLoader(data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate)
 
@@ -156,7 +157,7 @@ class TrainGraph(nn.Graph):
         require(len(groups) == 2 and len(rates) == 1, error_message)
         decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
-        if decay.HasField("weight_decay_conf"):  # not SGD: it keeps each variable's apart
+        if decay.HasField("weight_decay_conf"):  # SGD has no such field
             patterns = [f"^{name}$" for name in no_decay.variable_op_names]
             decay.weight_decay_conf.excludes.pattern.extend(patterns)
         del groups[-1]
@@ -249,7 +250,7 @@ def save_checkpoint(trainer, record, path):
     weights = dict(trainer.model.named_parameters())
     state = trainer.graph.state_dict() if trainer.graph else {}
     state.pop("model", None)  # the weights
-    for name, weight in weights.items():  # with a graph this state is empty
+    for name, weight in weights.items():  # of eager mode; a graph's optimizer has none
         for kind, tensor in trainer.optimizer._state[weight].items():
             state[f"model.{name}-{kind}"] = tensor  # as a graph names it
     arrays = {"run/record": json.dumps(record)}
@@ -390,7 +391,7 @@ def launch(processes, command):
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
     libc, ranks = ctypes.CDLL(None), []
     for rank in range(processes):
-        # A rank that starts before rank 0 listens sleeps 10 s in the engine.
+        # If a rank starts before rank 0 listens, the engine lets it sleep for 10 s.
         while ranks and ranks[0].poll() is None and socket.socket().connect_ex(address):
             time.sleep(0.05)
         environment.update(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
@@ -511,7 +512,7 @@ if __name__ == "__main__":
     except Exception as error:
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
-            time.sleep(min(dist.rank, 9))  # all find a mistake: rank 0 tells it, and ends
+            time.sleep(min(dist.rank, 9))  # all meet a mistake: rank 0 tells it first
             # What comes from a reader's process has its traceback in front.
             text = "train.py: " + str(error).rpartition("UsageError: ")[2].strip()
             print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)

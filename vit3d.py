@@ -287,18 +287,19 @@ class Linear(Layer):
         split_sbp = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         weight = self.gather(self.weight, self.weight_sbp)
         # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for
-        # dx = dy W, and it aborts on moving a parameter (see `gather`).
+        # dx = dy W, and it aborts on moving a parameter (see `gather`). In the comments on products
+        # the second factor is W^T.
         if self.parallel == "data":
             x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x W^T [B, B] -> [S(0), B]
+            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x [B, B] -> [S(0), B]
         elif self.parallel == "col":
             # [S(0), B] stays, or [S(0), S(1)] -> [S(0), B]: an all-gather. Backward, the gradient
             # of x is [S(0), P]: an all-reduce, or a reduce-scatter.
             x = x.to_global(sbp=full_sbp, grad_sbp=hidden_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)  # x W^T [B, S(1)] -> [S(0), S(last)]
+            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x [B, S(1)] -> [S(0), S(last)]
         else:
             x = x.to_global(sbp=split_sbp, grad_sbp=split_sbp)  # after a "col" this does nothing
-            x = flow.matmul(x, weight, transpose_b=True)  # x W^T [B, S(0)] -> [S(0), P]
+            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), S(last)] x [B, S(0)] -> [S(0), P]
             # [S(0), P] -> [S(0), B]: an all-reduce, or -> [S(0), S(1)]: a reduce-scatter, whose
             # backward is an all-gather
             x = x.to_global(sbp=hidden_sbp, grad_sbp=full_sbp)
@@ -335,7 +336,7 @@ class Dropout(nn.Module):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
-        self.layer_idx = layer_idx  # only given outside the blocks; inside, that of the block holds
+        self.layer_idx = layer_idx  # only given outside the blocks; inside, the block's applies
 
     def mask_shape(self, x):
         return x.shape
