@@ -161,7 +161,6 @@ def launched(tmp_path_factory, request):
 
 ON = {  # what is on: the flags of train.py
     "nothing": "",
-    "dropout": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1",
     "zero": "--shard-params",
     "sequence": "--sequence-parallel",
     "checkpoint": "--activation-checkpoint",
@@ -257,15 +256,11 @@ def set_folder(folder):
 
 def reference_of(mesh, on, mode, micro_batches):
     """What one process runs, for a mesh to be held against: on, mode, micro-batches, depth."""
-    # Each stage has a block. Stochastic depth, which is in "everything", begins at the second.
-    depth = max(2 if on == "everything" else 1, mesh[2])
-    # These change where things lie, and not what is computed.
-    if on in ("zero", "sequence", "checkpoint"):
-        on = "nothing"
-    if "--drop-rate" not in ON[on]:  # a graph computes what eager mode does
-        return on, "eager", 1, depth
+    if on != "everything":  # the others change where things lie; a graph computes as eager mode
+        return "nothing", "eager", 1, mesh[2]  # each stage has a block
     # Eager mode draws other masks than a graph, and others for each number of micro-batches.
-    return on, mode, micro_batches if mode == "eager" else 1, depth
+    # Stochastic depth begins at the second block.
+    return on, mode, micro_batches if mode == "eager" else 1, max(2, mesh[2])
 
 
 def make_references(cases):
