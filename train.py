@@ -10,18 +10,27 @@ python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-d
 
 import argparse
 import ctypes
+import fcntl
 import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
+import warnings
 import zlib
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
+
+# Who starts several tasks says so here. The engine overwrites WORLD_SIZE when it is imported.
+TASK_COUNTS = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"
+TASKS = {name: os.environ[name] for name in TASK_COUNTS if name in os.environ}
 
 import numpy as np
 from PIL import Image
@@ -29,11 +38,14 @@ from safetensors.numpy import load_file
 
 from vit3d import MODELS, B, S, UsageError, VisionTransformer, batch_to_global, dist, distribute
 from vit3d import draw_mesh, flow, full_array, load_timm_state_dict, load_weights, nn, require
+from vit3d import resize_pos_embed, set_pipeline_stage_id
 from flowvision import datasets
 from flowvision.data import Mixup, create_transform
 from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 from oneflow.optim import lr_scheduler
 from oneflow.utils.data import DataLoader, Dataset
+
+warnings.filterwarnings("ignore", "Argument interpolation")  # flowvision's, of its own call
 
 # 1. Data: a sample's key is (epoch, index), its image depends on seed, split and key ----
 
@@ -61,11 +73,16 @@ class SyntheticImages(Dataset):
 class FolderImages(datasets.ImageFolder):
     """Images in ImageNet's layout, DIR/SPLIT/CLASS/*; items as above, augmented for training."""
 
+    ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".avif", ".gif")
+    # What systems put into folders: .ipynb_checkpoints, ._0.jpg, @eaDir with real thumbnails.
+    OF_A_SYSTEM = re.compile("/([.@]|__MACOSX(/|$))")
+
     def __init__(self, split, img_size, args):
         root, self.seed = str(args.data / split), args.seed
         is_training = split == "train" and not args.no_augment
+        self.left_out = Counter()  # of files by ending, of folders by name
         try:
-            super().__init__(root)
+            super().__init__(root, is_valid_file=lambda path: True)
             self.transform = create_transform(
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
                 auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
@@ -73,15 +90,26 @@ class FolderImages(datasets.ImageFolder):
             )
         except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
             raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
+        self.files = [path[len(root) :] for path, _ in self.samples]
+        empty = [name for i, name in enumerate(self.classes) if i not in set(self.targets)]
+        require(not empty, f"{root}: no image in {', '.join(empty):.300}")
+        error_message = f"{root}/CLASS/* must be two classes or more, not {self.classes}"
+        require(len(self.classes) > 1, error_message)
 
-    # Names that begin with a dot are neither classes nor images: .ipynb_checkpoints, ._0.jpg.
     def find_classes(self, root):
-        names = [name for name in super().find_classes(root)[0] if name[0] != "."]
-        return names, {name: i for i, name in enumerate(names)}
+        names, _ = super().find_classes(root)
+        classes = [name for name in names if not self.OF_A_SYSTEM.match(f"/{name}")]
+        self.left_out.update(f"{name}/" for name in set(names) - set(classes))
+        return classes, {name: i for i, name in enumerate(classes)}
 
     def make_dataset(self, root, *more):
-        samples = super().make_dataset(root, *more)
-        return [sample for sample in samples if "/." not in sample[0][len(root) :]]
+        samples = []
+        for path, target in super().make_dataset(root, *more):
+            if path.lower().endswith(self.ENDINGS) and not self.OF_A_SYSTEM.search(path, len(root)):
+                samples.append((path, target))
+            else:
+                self.left_out[Path(path).suffix or Path(path).name] += 1
+        return samples
 
     def __getitem__(self, key):
         path, target = self.samples[key[1]]
@@ -126,9 +154,11 @@ def load_batches(data_set, keys, args, mixup=None):
             np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i], "mix"]).encode()))
             pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
         return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
-    # FolderImages seeds flow for each image. Here that would repeat the masks of dropout, so its
-    # files are read in other processes.
-    workers = args.workers if args.data else 0
+    # A data set may seed flow for each image, as FolderImages does. Here that would repeat the
+    # masks of dropout, so all but the one above are read in other processes.
+    workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
+    can_share = os.access("/dev/shm", os.W_OK) or not workers
+    require(can_share, "/dev/shm is not there or not writable: the readers of images share it")
     return DataLoader(data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate)
 
 
@@ -145,7 +175,7 @@ class TrainGraph(nn.Graph):
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
-        VisionTransformer.set_pipeline_stage_id(self.model)
+        set_pipeline_stage_id(self.model)
 
     def _generate_config_proto(self):
         # The engine clips each group of parameters by its own norm. A global norm needs one group:
@@ -212,7 +242,36 @@ class Trainer:
         return total
 
 
-# 3. Evaluation and checkpoints --------------------------------------------------------
+# 3. What the ranks agree on and say ---------------------------------------------------
+
+
+def all_ranks():
+    return flow.placement("cpu", list(range(dist.world_size)))
+
+
+def require_alike(values):
+    """Raise UsageError that names what is not the same on all ranks. Call it on every rank."""
+    checksums = [[zlib.crc32(repr(value).encode()) for value in values.values()]]
+    checksums = flow.tensor(checksums).to_global(placement=all_ranks(), sbp=S(0))
+    columns = full_array(checksums).T  # (ranks, values) -> (values, ranks)
+    names = [name for name, column in zip(values, columns) if len(set(column)) > 1]
+    require(not names, f"the ranks differ in {', '.join(names)}")
+
+
+def of_rank_0(number):
+    """The number that rank 0 has, on every rank."""
+    return full_array(flow.tensor([number]).to_global(placement=all_ranks(), sbp=B))[0]
+
+
+def say(text):
+    """Print on rank 0."""
+    if dist.rank == 0:
+        print(text)
+
+
+# 4. Evaluation and checkpoints --------------------------------------------------------
+
+SECONDS_OF_SILENCE = 10  # from one sign of life in a long validation to the next
 
 
 def score(logits, targets):
@@ -230,149 +289,212 @@ def score(logits, targets):
 def evaluate(model, data_set, args):
     """The means of what `score` returns, over all images, each counted once."""
     targets, (replica, _, _) = np.array(data_set.targets), dist.get_coordinates()
-    length, replicas, size = len(targets), dist.data_parallel_size, args.micro_batch_size
-    batches = np.arange(length + -length % (replicas * size)).reshape(-1, replicas, size) % length
+    length, images_a_batch = len(targets), dist.data_parallel_size * args.micro_batch_size
+    # The last batch is filled up with images that are counted already.
+    filled = np.arange(-(-length // images_a_batch) * images_a_batch) % length
+    batches = filled.reshape(-1, dist.data_parallel_size, args.micro_batch_size)
     keys = [[(0, int(index)) for index in batch[replica]] for batch in batches]
-    scores = []
+    scores, told = [], time.monotonic()
     model.eval()
     with flow.no_grad():
         for batch, (images, _) in zip(batches, load_batches(data_set, keys, args)):
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             scores.append(score(logits, targets[batch.flatten()]))
+            if time.monotonic() - told > SECONDS_OF_SILENCE:
+                told = time.monotonic()
+                say(f"validating: {len(scores)} of {len(batches)} batches")
     model.train()
-    # The last batch is filled up with images that were counted: [:length] leaves them out.
     means = {k: np.concatenate([part[k] for part in scores])[:length].mean() for k in scores[0]}
     return dict(means, images=length)
 
 
-def save_checkpoint(trainer, record, path):
-    """Write checkpoint.npz: complete, or the one before stays."""
-    weights = dict(trainer.model.named_parameters())
-    state = trainer.graph.state_dict() if trainer.graph else {}
-    state.pop("model", None)  # the weights
-    for name, weight in weights.items():  # of eager mode; a graph's optimizer has none
+def get_optimizer_state(trainer):
+    """Adam's m and v of each weight, {"model.head.bias-m": tensor}, and a graph's counters."""
+    if trainer.graph:
+        state = trainer.graph.state_dict()
+        del state["model"]  # the weights
+        return dict(sorted(state.items()))  # the engine's order can differ from rank to rank
+    state = {}
+    for name, weight in trainer.model.named_parameters():
         for kind, tensor in trainer.optimizer._state[weight].items():
             state[f"model.{name}-{kind}"] = tensor  # as a graph names it
-    arrays = {"run/record": json.dumps(record)}
-    # Sorted: the engine's order can differ on a rank, and `full_array` takes all ranks.
-    for name, tensor in [*weights.items(), *sorted(state.items())]:
-        array = full_array(tensor)
+    return state
+
+
+def set_optimizer_state(trainer, arrays, step):
+    """The inverse, from full numpy arrays. The schedule goes to this step, too."""
+    weights, state = dict(trainer.model.named_parameters()), {}
+    first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
+    for key in sorted(arrays):
+        name, _, kind = key.removeprefix("model.").rpartition("-")
+        weight = weights.get(name)  # None for a graph's counters
+        where = (weight.placement, weight.sbp) if weight is not None else first_stage
+        state[key] = distribute(flow.tensor(arrays[key]), *where)
+        if not trainer.graph:
+            trainer.optimizer._state[weight][kind] = state[key]
+    if trainer.graph:
+        trainer.graph.load_state_dict(state)
+    trainer.optimizer._state["step"] = step
+    while trainer.scheduler.last_step < step:
+        trainer.scheduler.step()
+
+
+def save_checkpoint(trainer, record, path):
+    """Write checkpoint.npz: it is complete and on the disk, or the one before stays."""
+    tensors = dict(trainer.model.named_parameters())
+    for name, tensor in get_optimizer_state(trainer).items():
+        tensors[f"optimizer/{name}"] = tensor
+    arrays = {"run/record": json.dumps(record, default=str)}  # a path as text
+    for name, tensor in tensors.items():
+        array = full_array(tensor)  # on all ranks
         require(np.isfinite(array).all(), f"{name} is not finite and is not saved")
         if dist.rank == 0:
-            arrays[name if name in weights else f"optimizer/{name}"] = array
+            arrays[name] = array
     if dist.rank == 0:
-        unfinished = path.with_name(f"unfinished-{os.getpid()}.npz")  # of this run alone
-        np.savez(unfinished, **arrays)
+        unfinished = path.with_name("unfinished.npz")
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
         unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def read_arrays(path, run):
+def read_arrays(path):
     """A file's arrays by name, and the record of the run that saved it, {} for others' weights."""
     try:
-        arrays = {".npz": np.load, ".safetensors": load_file}[path.suffix](path)
-        record = json.loads(str(arrays["run/record"])) if "run/record" in arrays else {}
+        arrays = dict({".npz": np.load, ".safetensors": load_file}[path.suffix](path))
+        return arrays, json.loads(str(arrays.pop("run/record", "{}")))
     except Exception as error:  # another form, not there, damaged, bfloat16
-        raise UsageError(f"{path} must be an .npz or .safetensors file: {error}") from None
+        raise UsageError(f"{path} must be a whole .npz or .safetensors file: {error}") from None
+
+
+def tell_changed_flags(path, record, run):
     for flag, before in record.get("flags", {}).items():
         now = run["flags"].get(flag)
-        if before != now and dist.rank == 0:
-            print(f"{path}: {flag} was {before} and is {now}")
-    return arrays, record
+        if str(before) != str(now):
+            say(f"{path}: {flag} was {before} and is {now}")
 
 
 def load_initial_weights(model, path, run, args):
     """Load weights alone, ours or timm's, without a head for other classes. -> their step"""
-    arrays, record = read_arrays(path, run)
-    same_classes = record.get("classes", run["classes"]) == run["classes"]
-    fits = "head.bias" in arrays and arrays["head.bias"].shape == tuple(model.head.bias.shape)
-    skip_head = not (same_classes and fits)
-    require(not (skip_head and args.eval_only), f"{path}: its head is for other classes")
-    if skip_head and dist.rank == 0:
-        print(f"{path}: its head is for other classes and is not loaded")
+    arrays, record = read_arrays(path)
+    tell_changed_flags(path, record, run)
+    other = next(iter(arrays), "")
+    is_known = any(name.startswith("blocks.0.") for name in arrays)
+    require(is_known, f"{path}: neither our names nor timm's, as in {other:.100}")
+    # No shape tells these two.
+    before = {name: record["sizes"][name] for name in ("num_heads", "layer_norm_eps") if record}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in before.items())
+    is_alike = all(run["sizes"][name] == value for name, value in before.items())
+    require(is_alike, f"{path} was trained with {flags}: give these")
     is_timm = "blocks.0.attn.qkv.weight" in arrays
-    (load_timm_state_dict if is_timm else load_weights)(model, arrays, skip_head)
+    if is_timm and args.layer_norm_eps == 1e-5:
+        say(f"{path}: timm's --layer-norm-eps is 1e-6; README has a table for --mean and --std")
+    same_classes = record.get("classes", run["classes"]) == run["classes"]
+    head_rows = len(arrays.get("head.bias", ()))
+    skip_head = not same_classes or head_rows != run["sizes"]["num_classes"]
+    if args.eval_only:
+        require(not skip_head, f"{path}: its head is for other classes")
+        fits = record or head_rows == len(run["classes"])
+        require(fits, f"{path}: its head has {head_rows} classes, --data {len(run['classes'])}")
+    if skip_head:
+        say(f"{path}: its head is for other classes and is not loaded")
+    if is_timm:
+        load_timm_state_dict(model, arrays, skip_head)
+    else:
+        if "pos_embed" in arrays:
+            arrays["pos_embed"] = resize_pos_embed(arrays["pos_embed"], model)
+        load_weights(model, arrays, skip_head)
     return record.get("step", 0)
 
 
 def load_checkpoint(trainer, path, run):
     """Load all that the same run goes on from. -> the step it was saved after"""
-    arrays, record = read_arrays(path, run)
+    arrays, record = read_arrays(path)
+    tell_changed_flags(path, record, run)
+    require_alike({f"the step of {path}": record.get("step")})
     for name in ("batch_size", "steps", "sizes", "eager", "classes"):
         before, now = str(record.get(name)), str(run[name])
         require(before == now, f"{path}: {name} was {before:.500} and must not be {now:.500}")
     load_weights(trainer.model, arrays)
-    weights, state = dict(trainer.model.named_parameters()), {}
-    first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
-    for name in sorted(name for name in arrays if name.startswith("optimizer/")):
-        # optimizer/model.head.bias-m is head.bias's m. Those of no weight are a graph's counters.
-        key = name.removeprefix("optimizer/")
-        weight_name, _, kind = key.removeprefix("model.").rpartition("-")
-        weight = weights.get(weight_name)
-        where = (weight.placement, weight.sbp) if weight is not None else first_stage
-        state[key] = distribute(flow.tensor(arrays[name]), *where)
-        if not trainer.graph:
-            trainer.optimizer._state[weight][kind] = state[key]
-    if trainer.graph:
-        trainer.graph.load_state_dict(state)
-    trainer.optimizer._state["step"] = record["step"]
-    while trainer.scheduler.last_step < record["step"]:
-        trainer.scheduler.step()
+    state = {k.removeprefix("optimizer/"): arrays[k] for k in arrays if k.startswith("optimizer/")}
+    set_optimizer_state(trainer, state, record["step"])
     return record["step"]
 
 
-# 4. The command -----------------------------------------------------------------------
+# 5. The command -----------------------------------------------------------------------
+
+
+def number(kind, least, most=math.inf):
+    """A type for `add_argument`: an int or a float in this range, and finite."""
+
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} must be finite, from {least} to {most}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own messages
+    return parse
 
 
 def parse_arguments(argv=None):
     """The command line. Raises UsageError for what cannot go together."""
     parser = argparse.ArgumentParser(description="Train; sizes are those of --model.")
     parser.error = lambda message: require(False, message)  # in one sentence
+    count, rate, probability = number(int, 1), number(float, 0), number(float, 0, 1)
+    rgb = dict(nargs=3, metavar=tuple("RGB"))
     add = parser.add_argument
-    add("--data-parallel", type=int, default=1, help="replicas, with a share of a batch each")
-    add("--tensor-parallel", type=int, default=1, help="ranks that share each layer")
-    add("--pipeline-parallel", type=int, default=1, help="stages, with some layers each")
+    add("--data-parallel", type=count, default=1, help="replicas, with a share of a batch each")
+    add("--tensor-parallel", type=count, default=1, help="ranks that share each layer")
+    add("--pipeline-parallel", type=count, default=1, help="stages, with some layers each")
     add("--shard-params", action="store_true", help="weights split over replicas (ZeRO-3)")
     add("--sequence-parallel", action="store_true", help="tokens split between layers")
     add("--model", choices=MODELS, metavar="NAME", help="(small) " + ", ".join(MODELS))
-    for name in "img-size patch-size embed-dim depth num-heads num-classes".split():
-        add(f"--{name}", type=int, metavar="N")
-    add("--layer-norm-eps", type=float, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
+    add("--img-size", type=count)
+    add("--patch-size", type=count)
+    add("--embed-dim", type=count)
+    add("--depth", type=count)
+    add("--num-heads", type=count)
+    add("--num-classes", type=count)
+    add("--layer-norm-eps", type=rate, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
     add("--data", type=Path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
     add("--no-augment", action="store_true", help="train as validated: resized, cropped")
-    add("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], metavar=tuple("RGB"))
-    add("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], metavar=tuple("RGB"))
-    add("--crop-pct", type=float, default=0.875, help="shown of an image's side (%(default)s)")
+    add("--mean", type=number(float, -math.inf), default=[0.485, 0.456, 0.406], **rgb)
+    add("--std", type=number(float, 1e-6), default=[0.229, 0.224, 0.225], **rgb)
+    share = number(float, 0.01, 1)
+    add("--crop-pct", type=share, default=0.875, help="shown of an image's side (%(default)s)")
     add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
     add("--rand-augment", metavar="POLICY", help="such as rand-m9-mstd0.5-inc1")
-    for name in "drop-rate attn-drop-rate drop-path-rate random-erasing label-smoothing".split():
-        add(f"--{name}", type=float, default=0.0, metavar="P", help="probability (%(default)s)")
-    for name in ("mixup", "cutmix"):
-        add(f"--{name}", type=float, default=0.0, metavar="ALPHA", help="0: none")
-    add("--workers", type=int, default=2, help="readers of each process (%(default)s)")
-    add("--micro-batch-size", type=int, default=32, help="of a replica (%(default)s)")
-    add("--accumulation-steps", type=int, default=1, help="micro-batches (%(default)s)")
-    add("--steps", type=int, help="optimizer steps (those of --epochs, or 200)")
-    add("--epochs", type=int, help="passes over the training images")
-    add("--lr", type=float, default=1e-3, help="highest learning rate (%(default)s)")
-    add("--warmup-steps", type=int, help="(a tenth of all steps)")
-    add("--weight-decay", type=float, default=0.05, help="of matrices (%(default)s)")
-    add("--clip-grad", type=float, default=1.0, help="highest norm; 0: none (%(default)s)")
+    add("--random-erasing", type=probability, default=0.0, help="probability (%(default)s)")
+    add("--label-smoothing", type=probability, default=0.0, help="share (%(default)s)")
+    add("--mixup", type=rate, default=0.0, metavar="ALPHA", help="0: none")
+    add("--cutmix", type=rate, default=0.0, metavar="ALPHA", help="0: none")
+    add("--drop-rate", type=probability, default=0.0, help="of activations (%(default)s)")
+    add("--attn-drop-rate", type=probability, default=0.0, help="of attention (%(default)s)")
+    add("--drop-path-rate", type=probability, default=0.0, help="of layers (%(default)s)")
+    add("--workers", type=count, default=2, help="readers of each process (%(default)s)")
+    add("--micro-batch-size", type=count, default=32, help="of a replica (%(default)s)")
+    add("--accumulation-steps", type=count, default=1, help="micro-batches (%(default)s)")
+    add("--steps", type=count, help="optimizer steps (those of --epochs, or 200)")
+    add("--epochs", type=count, help="passes over the training images")
+    add("--lr", type=rate, default=1e-3, help="highest learning rate (%(default)s)")
+    add("--warmup-steps", type=number(int, 0), help="(a tenth of all steps)")
+    add("--weight-decay", type=rate, default=0.05, help="of matrices (%(default)s)")
+    add("--clip-grad", type=rate, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
     add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
-    add("--seed", type=int, default=0)
-    add("--eval-every", type=int, help="steps from one validation to the next")
+    add("--seed", type=number(int, 0, 2**62), default=0)
+    add("--eval-every", type=count, help="steps from one validation to the next")
     add("--eval-only", action="store_true", help="no training, only --init-from")
     add("--output-dir", type=Path, help="where metrics.jsonl and checkpoint.npz go")
-    add("--save-every", type=int, help="steps from one checkpoint to the next (an epoch)")
+    add("--save-every", type=count, help="steps between checkpoints (an epoch, at least 100)")
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
     add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            least = 0 if type(value) is float or name in ("seed", "warmup_steps") else 1
-            most = 1 if name in ("random_erasing", "label_smoothing", "crop_pct") else math.inf
-            flag = f"--{name.replace('_', '-')} {value}"
-            require(least <= value <= most, f"{flag} must be from {least} to {most}")
     is_odd = (args.mixup or args.cutmix or args.label_smoothing) and args.micro_batch_size % 2
     require(not is_odd, "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even")
     require(not (args.eager and args.activation_checkpoint), "--activation-checkpoint: not --eager")
@@ -384,17 +506,14 @@ def parse_arguments(argv=None):
 def launch(processes, command):
     """Run a command as this many ranks; end all when one ends badly. -> exit code"""
     with socket.create_server(("", 0)) as free:
-        address = "127.0.0.1", free.getsockname()[1]
+        port = str(free.getsockname()[1])
     # The engine would send even 127.0.0.1 through a proxy.
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+    environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes))
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
     libc, ranks = ctypes.CDLL(None), []
-    for rank in range(processes):
-        # If a rank starts before rank 0 listens, the engine lets it sleep for 10 s.
-        while ranks and ranks[0].poll() is None and socket.socket().connect_ex(address):
-            time.sleep(0.05)
-        environment.update(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank))
+    for rank in map(str, range(processes)):
+        environment.update(RANK=rank, LOCAL_RANK=rank)
         # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: the kernel ends a rank when this process has ended.
         ranks.append(Popen(command, env=environment, preexec_fn=lambda: libc.prctl(1, 9)))
     while None in (codes := [process.poll() for process in ranks]) and not any(codes):
@@ -407,13 +526,47 @@ def launch(processes, command):
     return abs(code)
 
 
-def report(metrics, is_shown, **record):
-    """A line of metrics.jsonl and, if it is shown, one of text, both by rank 0."""
+def open_metrics(folder):
+    """Open metrics.jsonl and lock it, on rank 0. Raises UsageError if another run has the lock.
+
+    Nothing may open the file again in this process: to close it would free the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "metrics.jsonl", "a+", buffering=1, encoding="latin-1")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `flock` would live on in readers
+    except BlockingIOError:
+        raise UsageError(f"another run writes to --output-dir {folder}") from None
+    except OSError as error:
+        print(f"{folder} knows no locks, so nothing keeps a second run away: {error}")
+    return file
+
+
+def cut_metrics(file, last_step):
+    """Cut metrics.jsonl after this step, or where it cannot be read. -> is the step validated?"""
+    size, is_validated = 0, False
+    file.seek(0)
+    for line in file:
+        try:
+            record = json.loads(line)
+            is_kept = record["step"] <= last_step
+        except (ValueError, KeyError, TypeError):  # a kill or a power cut within the line
+            break
+        if not is_kept or not line.endswith("\n"):
+            break
+        size += len(line)
+        is_validated |= record["step"] == last_step and "val_loss" in record
+    file.truncate(size)
+    return is_validated
+
+
+def report(metrics, record, left=None):
+    """A line of metrics.jsonl and, unless `left` is None, one of text that ends with it."""
     if metrics:
         print(json.dumps(record), file=metrics)
-    if is_shown and dist.rank == 0:
+    if left is not None:
         text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
-        print("  ".join(f"{k} {v}" for k, v in text.items()))
+        say("  ".join(f"{k} {v}" for k, v in text.items()) + left)
 
 
 def main(args):
@@ -436,16 +589,11 @@ def main(args):
     per_epoch = images // batch_size
     require(per_epoch or args.eval_only, f"a batch of {batch_size} is more than {images} images")
     steps = args.steps or (args.epochs or 0) * per_epoch or 200
-    checkpoint = args.output_dir and args.output_dir / "checkpoint.npz"
-    is_saved = checkpoint is not None and checkpoint.exists()
-    is_kept = args.resume or args.eval_only or not is_saved
-    require(is_kept, f"{checkpoint} exists: --resume goes on from it, or take another --output-dir")
-    # All ranks must have the same of these, or labels could shift.
-    same = [vars(args), dist.device_type, list(train.targets), list(val.targets), is_saved]
-    checksum = flow.tensor([zlib.crc32(repr(same).encode())])
-    world = flow.placement("cpu", list(range(dist.world_size)))
-    checksums = full_array(checksum.to_global(placement=world, sbp=S(0)))
-    require(len(set(checksums)) == 1, "the ranks differ in flags, device or files")
+    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    of_paths = {name: None for name, value in flags.items() if isinstance(value, Path)}
+    files = [getattr(split, "files", None) for split in (train, val)]
+    of_data = dict(classes=val.classes, targets=[train.targets, val.targets], files=files)
+    require_alike({**flags, **of_paths, "device": dist.device_type, **of_data})
 
     # the model
     mixup, loss_func = None, None
@@ -454,58 +602,79 @@ def main(args):
         smoothing = dict(label_smoothing=args.label_smoothing, num_classes=num_classes)
         mixup = Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
     flow.manual_seed(args.seed)  # of the initial weights
-    rates = {name: rate for name, rate in vars(args).items() if name.endswith("_rate")}
-    model, metrics = VisionTransformer(**sizes, **rates, loss_func=loss_func), None
-    if args.output_dir and dist.rank == 0:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        path = args.output_dir / "metrics.jsonl"
-        metrics = open(path, "a", 1)
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill can cut the last line
-    if dist.rank == 0:
-        count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{draw_mesh(dist)}\n{count:,} parameters, {batch_size} images a step, {steps} steps")
-        print(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
+    rates = {name: rate for name, rate in flags.items() if name.endswith("_rate")}
+    model = VisionTransformer(**sizes, **rates, loss_func=loss_func)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{draw_mesh(dist)}\n{parameters:,} parameters, {batch_size} images a step, {steps} steps")
+    say(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
+    left_out = sum((getattr(split, "left_out", Counter()) for split in {train, val}), Counter())
+    if left_out:
+        say("left out: " + ", ".join(f"{n} {name}" for name, n in left_out.most_common(9)))
 
-    # weights from a file
-    flags = {name: str(value) for name, value in vars(args).items()}
+    # the folder of this run, and weights from a file
+    metrics = open_metrics(args.output_dir) if args.output_dir and dist.rank == 0 else None
+    checkpoint = args.output_dir and args.output_dir / "checkpoint.npz"
+    is_saved = checkpoint is not None and checkpoint.exists()
+    require_alike({f"whether {checkpoint} exists": is_saved})
+    may_write = args.resume or args.eval_only or not is_saved
+    cure = "--resume goes on from it, or take another --output-dir"
+    require(may_write, f"{checkpoint} exists: {cure}")
     run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
-    run.update(classes=list(map(str, val.classes)), flags=dict(flags, images=str(images)))
+    run.update(classes=list(map(str, val.classes)), flags=dict(flags, images=images))
     if args.eval_only:
         step = load_initial_weights(model, args.init_from, run, args)
-        return report(metrics, True, step=step, **evaluate(model, val, args))
+        return report(metrics, dict(step=step, **evaluate(model, val, args)), left="")
     trainer, first_step = Trainer(model, args, steps), 0
     if is_saved:
         first_step = load_checkpoint(trainer, checkpoint, run)
     elif args.init_from:
         load_initial_weights(model, args.init_from, run, args)
+    is_validated = metrics and cut_metrics(metrics, first_step if is_saved else -1)
+
+    def validate_if_due(step):
+        if step == steps or args.eval_every and step % args.eval_every == 0:
+            record = dict(step=step, **evaluate(model, val, args), epoch=round(step / per_epoch, 2))
+            report(metrics, record, left="")
+
+    if is_saved and not of_rank_0(bool(is_validated)):
+        validate_if_due(first_step)  # a kill can have come between a checkpoint and its validation
 
     # the loop
     flow.manual_seed(args.seed + first_step)  # of the masks
     keys = training_keys(images, batch_size, args, first_step, steps)
     batches = load_batches(train, keys, args, mixup)
-    save_every, start = args.save_every or per_epoch, time.perf_counter()
+    save_every, start = args.save_every or max(per_epoch, 100), time.perf_counter()
+    if trainer.graph and first_step < steps:
+        say("compiling the graph: seconds on one process, half a minute on eight")
     for step, batch in enumerate(batches, first_step + 1):
         loss, lr = trainer.step(*batch)
         require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
-        images_per_s = round(batch_size / (time.perf_counter() - start), 1)
-        is_shown = step % min(max(steps // 20, 1), 100) == 0
-        report(metrics, is_shown, step=step, loss=loss, lr=lr, images_per_s=images_per_s)
+        now = time.perf_counter()
+        images_per_s = round(batch_size / (now - start), 1)
+        record = dict(step=step, loss=loss, lr=lr, epoch=round(step / per_epoch, 2))
+        left = None
+        if step == first_step + 1:
+            after_first_step, left = now, ""
+        elif step % min(max(steps // 20, 1), 100) == 0:
+            seconds = (now - after_first_step) / (step - first_step - 1) * (steps - step)
+            left = f"  left {timedelta(seconds=int(seconds))}"
+        report(metrics, dict(record, images_per_s=images_per_s), left)
         if args.output_dir and (step == steps or step % save_every == 0):
             save_checkpoint(trainer, dict(run, step=step), checkpoint)
-        if step == steps or args.eval_every and step % args.eval_every == 0:
-            report(metrics, True, step=step, **evaluate(model, val, args))
+        validate_if_due(step)
         start = time.perf_counter()
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # leaves nothing to write at the end
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process at once
+    args = None
     try:
         args = parse_arguments()
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
-        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-        error_message = f"{tasks} tasks of Slurm, each alone: README has the line for srun"
-        require(tasks == 1 or dist.world_size > 1, error_message)
+        alone = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
+        cure = "this task was not told its rank: README has lines for srun and mpirun"
+        require(not alone, f"{', '.join(alone)}, and {cure}")
         if processes > 1 and dist.world_size == 1:
             sys.exit(launch(processes, [sys.executable, *sys.argv]))
         main(args)
@@ -513,8 +682,14 @@ if __name__ == "__main__":
         exit_code = 2 if isinstance(error, UsageError) else 1
         try:
             time.sleep(min(dist.rank, 9))  # all meet a mistake: rank 0 tells it first
-            # What comes from a reader's process has its traceback in front.
-            text = "train.py: " + str(error).rpartition("UsageError: ")[2].strip()
-            print(text if exit_code == 2 else traceback.format_exc(), file=sys.stderr)
+            text = traceback.format_exc()
+            if isinstance(error, UsageError):
+                # What comes from a reader's process has its traceback in front.
+                text = str(error).rpartition("UsageError: ")[2].strip()
+            elif isinstance(error, OSError):  # a full disk has no file name
+                folder = args and not isinstance(error, BrokenPipeError) and args.output_dir
+                where = error.filename or folder or "standard output"
+                text = f"{error.strerror}: {where}"
+            print(f"train.py: {text}", file=sys.stderr)
         finally:
             os._exit(exit_code)  # the engine's own end would wait for the other ranks

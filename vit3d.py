@@ -27,36 +27,69 @@ paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer mo
 
 import contextlib
 import ctypes
-import itertools
 import math
 import os
+import socket
 import sys
+import time
 
 import numpy as np
 
 # 0. Loading OneFlow 0.9.0: skip this at a first reading ------------------------------------------
 
-# The engine's search for detours between two sbp aborts on micro-batches of one image.
-os.environ.setdefault("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
-if not os.path.exists("/dev/nvidiactl"):  # no GPU: eager 2x2x2 on 2 cores takes 0.6 s, not 1.7
-    os.environ.setdefault("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
-# OpenBLAS knows by name no processor that is newer than itself, so it is told what to use. It has
-# one thread: the engine computes products that do not wait for each other on threads of its own.
-cpu_flags = open("/proc/cpuinfo").read().split()
-if "avx2" in cpu_flags:
-    core_type = "SkylakeX" if "avx512dq" in cpu_flags else "Haswell"
-    os.environ.setdefault("OPENBLAS_CORETYPE", core_type)
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# An OpenBLAS that is loaded first takes the place of the engine's own. That one stops at AVX2, and
-# it leaves the processor in a state in which loops such as GELU's run two to three times as long.
-libraries = ["scipy_openblas32/lib/libopenblas_python.so"]
-# OneFlow is linked against these libraries, and does not find them in the packages of nvidia.
-libraries += [f"nvidia/cublas/lib/libcublas{name}.so.11" for name in ("Lt", "")]
-names = "ops_infer", "ops_train", "cnn_infer", "cnn_train"
-libraries += [f"nvidia/cudnn/lib/libcudnn_{name}.so.8" for name in names]
-for library, folder in itertools.product(libraries, sys.path):
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(f"{folder}/{library}", mode=ctypes.RTLD_GLOBAL)
+
+def prepare_for_oneflow():
+    """Set what the engine reads when it is imported. What a user has set stays."""
+    set_default = os.environ.setdefault
+    # The engine's search for detours between two sbp aborts on micro-batches of one image.
+    set_default("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
+    if not os.path.exists("/dev/nvidiactl"):  # there is no GPU
+        set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")  # eager 2x2x2: 0.6 s, not 1.7
+        set_default("GLOG_minloglevel", "3")  # no lines on GPUs that are not there
+    # OpenBLAS knows by name no processor that is newer than itself, so it is told what to use. It
+    # has one thread: the engine computes products that do not wait for each other on its own.
+    with open("/proc/cpuinfo") as file:
+        cpu_flags = file.read().split()
+    if "avx2" in cpu_flags:
+        set_default("OPENBLAS_CORETYPE", "SkylakeX" if "avx512dq" in cpu_flags else "Haswell")
+    set_default("OPENBLAS_NUM_THREADS", "1")
+    # An OpenBLAS that is loaded first takes the place of the engine's own. That one stops at AVX2,
+    # and it leaves the processor in a state in which loops such as GELU's take two to three times
+    # as long.
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            library = f"{folder}/scipy_openblas32/lib/libopenblas_python.so"
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+def wait_for_rank_0(seconds=60):
+    """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine.
+
+    Ends the program with exit code 2 if MASTER_ADDR has no IPv4 address by then. If it has one and
+    nobody listens, the engine waits on, and ends by itself.
+    """
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    rank, world_size, address, port = map(os.environ.get, names)
+    if None in (rank, world_size, address, port) or int(rank) == 0:
+        return
+    deadline, error = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:  # AF_INET, as the engine has no IPv6
+            probe.settimeout(1)
+            try:
+                if probe.connect_ex((address, int(port))) == 0:
+                    return
+                error = None
+            except OSError as no_address:
+                error = no_address
+        time.sleep(0.05)
+    if error:
+        print(f"vit3d.py: MASTER_ADDR {address} has no IPv4 address: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+prepare_for_oneflow()
+wait_for_rank_0()
 import oneflow as flow
 from oneflow import nn
 
@@ -110,8 +143,6 @@ class Dist:
         # ranks[replica, tensor_rank, stage] = (stage * d + replica) * t + tensor_rank. 2x2x2: stage
         # 0 is [[0, 1], [2, 3]], stage 1 is [[4, 5], [6, 7]]; a row is a replica.
         self.ranks = np.arange(self.world_size).reshape(p, d, t).transpose(1, 2, 0)
-        # The engine sorts the ranks of a placement without a word.
-        assert (np.diff(self.ranks.reshape(-1, p), axis=0) > 0).all(), "a stage's ranks must rise"
         self.shard_params = shard_params
         self.sequence_parallel = sequence_parallel
         layers = pipeline_num_layers or 0
@@ -228,14 +259,12 @@ class Layer(nn.Module):
         if not dist.shard_params:
             return parameter
         sbp = dist.get_nd_sbp([B, tensor_axis_sbp])
-        partial_sbp = dist.get_nd_sbp([P, tensor_axis_sbp])
-        # The engine aborts on moving a parameter itself, so it moves a copy: `* 1.0`.
-        # This move is ZeRO-3. Forward it is an all-gather, backward a reduce-scatter.
-        parameter = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Forward this move does nothing. Under sequence parallelism the gradient of a norm or of a
-        # row bias arrives as [P, P], and the engine has no single move from there to [S(0), B]. So
-        # it goes to [P, B] here, and then to [S(0), B] in the move above.
-        return parameter.to_global(sbp=sbp, grad_sbp=partial_sbp)
+        # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
+        # on moving a parameter itself, so it moves a copy: `* 1.0`.
+        weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
+        # Under sequence parallelism the gradient of a norm or a row bias is [P, P], and the engine
+        # has no single move from there to [S(0), B]. This move makes it [P, B] first.
+        return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
 def layer_norm(x, weight, bias, eps):
@@ -261,10 +290,16 @@ class Linear(Layer):
     "row", for two ranks:  W^T = [W_1]        y = x_1 W_1 + x_2 W_2   x split by features, y whole
                                  [W_2]
 
+    parallel   x               W^T         x W^T           y
+    "data"     [S(0), B]       [B, B]      [S(0), B]       [S(0), B]
+    "col"      [S(0), B]       [B, S(1)]   [S(0), S(last)] [S(0), S(last)]
+    "row"      [S(0), S(last)] [B, S(0)]   [S(0), P]       [S(0), B], by an all-reduce
+
     x: (..., in_features), y: (..., out_features). W is stored as (out_features, in_features), so
-    "col" is S(0) and "row" is S(1). Initial weights: normal, std 0.02 (LiBai); initial bias: zero.
-    Raises UsageError if tensor_parallel_size does not divide the features that are split. Source:
-    Megatron-LM, section 3.
+    "col" is S(0) and "row" is S(1). With sequence parallelism "col" takes x and "row" gives y as
+    [S(0), S(1)]. Initial weights: normal, std 0.02 (LiBai); initial bias: zero. Raises UsageError
+    if tensor_parallel_size does not divide the features that are split. Source: Megatron-LM,
+    section 3.
     """
 
     def __init__(self, in_features, out_features, bias=True, parallel="data", *, layer_idx=0):
@@ -283,27 +318,21 @@ class Linear(Layer):
         self.bias = self.new_parameter(zeros, self.bias_sbp) if bias else None
 
     def forward(self, x):
-        full_sbp, hidden_sbp = dist.get_nd_sbp([S(0), B]), dist.get_hidden_sbp()
-        split_sbp = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
-        weight = self.gather(self.weight, self.weight_sbp)
-        # Each move gives grad_sbp. If dy came in another sbp, the engine would move W for
-        # dx = dy W, and it aborts on moving a parameter (see `gather`). In the comments on products
-        # the second factor is W^T.
-        if self.parallel == "data":
-            x = x.to_global(sbp=full_sbp, grad_sbp=full_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x [B, B] -> [S(0), B]
-        elif self.parallel == "col":
-            # [S(0), B] stays, or [S(0), S(1)] -> [S(0), B]: an all-gather. Backward, the gradient
-            # of x is [S(0), P]: an all-reduce, or a reduce-scatter.
-            x = x.to_global(sbp=full_sbp, grad_sbp=hidden_sbp)
-            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), B] x [B, S(1)] -> [S(0), S(last)]
-        else:
-            x = x.to_global(sbp=split_sbp, grad_sbp=split_sbp)  # after a "col" this does nothing
-            x = flow.matmul(x, weight, transpose_b=True)  # [S(0), S(last)] x [B, S(0)] -> [S(0), P]
-            # [S(0), P] -> [S(0), B]: an all-reduce, or -> [S(0), S(1)]: a reduce-scatter, whose
-            # backward is an all-gather
-            x = x.to_global(sbp=hidden_sbp, grad_sbp=full_sbp)
-        return x if self.bias is None else x + self.gather(self.bias, self.bias_sbp)
+        full, hidden = dist.get_nd_sbp([S(0), B]), dist.get_hidden_sbp()
+        split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
+        # What x and y are, and what their gradients are. The gradient of a "col" Linear's x comes
+        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter.
+        x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
+            "data": (full, full, full, full),
+            "col": (full, hidden, split, split),
+            "row": (split, split, hidden, full),
+        }[self.parallel]
+        x = x.to_global(sbp=x_sbp, grad_sbp=x_grad_sbp)
+        y = flow.matmul(x, self.gather(self.weight, self.weight_sbp), transpose_b=True)
+        # If the gradient of y came in another sbp than the product has, the engine would move W
+        # for dx = dy W, and it aborts on moving a parameter (see `gather`).
+        y = y.to_global(sbp=y_sbp, grad_sbp=y_grad_sbp)
+        return y if self.bias is None else y + self.gather(self.bias, self.bias_sbp)
 
 
 class LayerNorm(Layer):
@@ -346,13 +375,12 @@ class Dropout(nn.Module):
             return x
         shape, sbp = self.mask_shape(x), [B] * len(x.sbp)
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
-        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # of 1: B, as in (b, 1, 1)
-        # Each rank keeps the slice that it has of x: [B, B] -> [S(0), B] -> [S(0), S(1)]. To cut
-        # both axes at once aborts in the engine where the ranks do not divide a dimension. A mask
-        # has no gradient, and so no grad_sbp.
+        # Each rank keeps the slice that it has of x. It cuts one axis after the other, since both
+        # at once abort in the engine where the ranks do not divide a dimension.
+        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # (b, 1, 1) stays B along n
         for axis, entry in enumerate(x.sbp):
             sbp[axis] = entry if entry in splits else B
-            draw = draw.to_global(sbp=sbp)
+            draw = draw.to_global(sbp=sbp)  # a mask has no gradient, and so no grad_sbp
         return x * ((draw >= self.p).to(x.dtype) / (1 - self.p))
 
 
@@ -366,6 +394,8 @@ class DropPath(Dropout):
 class PatchEmbedding(Layer):
     """Images (b, in_chans, h, w) -> (b, patches, embed_dim), patches = h w / patch_size^2.
 
+    `img_size` is (h, w), or one number for both.
+
     A convolution whose stride is its size; its weight has a convolution's shape, (embed_dim,
     in_chans, patch_size, patch_size), and initial values. Raises UsageError if patch_size does not
     divide img_size, or for images of another size. Source: the paper, section 3.1.
@@ -373,11 +403,12 @@ class PatchEmbedding(Layer):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, *, layer_idx=0):
         super().__init__(layer_idx)
-        error_message = f"patches of side {patch_size} do not divide images of side {img_size}"
-        require(img_size % patch_size == 0, error_message)
-        self.img_size = img_size
+        height, width = self.img_size = tuple(np.broadcast_to(img_size, 2).tolist())
+        error_message = f"patches of side {patch_size} do not divide images of {height} x {width}"
+        require(height % patch_size == width % patch_size == 0, error_message)
         self.patch_size = patch_size
-        self.num_patches = (img_size // patch_size) ** 2
+        self.grid = height // patch_size, width // patch_size
+        self.num_patches = math.prod(self.grid)
         bound = (in_chans * patch_size**2) ** -0.5
         weight = flow.empty(embed_dim, in_chans, patch_size, patch_size).uniform_(-bound, bound)
         self.proj = nn.Module()  # for LiBai's names, proj.weight and proj.bias
@@ -386,7 +417,8 @@ class PatchEmbedding(Layer):
 
     def forward(self, x):
         (b, c, h, w), p = x.shape, self.patch_size
-        require(h == w == self.img_size, f"images of {h} x {w}, the model takes {self.img_size}")
+        error_message = f"images of {h} x {w}, the model takes {self.img_size}"
+        require((h, w) == self.img_size, error_message)
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (b, c, h, w) -> (b, patches, c p p)
@@ -500,6 +532,7 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
 class VisionTransformer(Layer):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
 
+    `img_size` is (height, width), or one number for both.
     `loss_func` is a module, (logits, labels) -> scalar, the mean over the images of all replicas.
     None is the cross entropy. Raises UsageError if `depth` is not the number of layers that a
     pipeline was set up for.
@@ -525,8 +558,9 @@ class VisionTransformer(Layer):
         self.blocks = nn.Sequential()
         for i, drop_path_prob in enumerate(np.linspace(0, drop_path_rate, depth).tolist()):
             block = TransformerLayer(
-                embed_dim, int(embed_dim * mlp_ratio), num_heads, attn_drop_rate, drop_rate,
-                drop_path_prob, layer_norm_eps, layer_idx=i,
+                embed_dim, int(embed_dim * mlp_ratio), num_heads,
+                attention_dropout_prob=attn_drop_rate, output_dropout_prob=drop_rate,
+                drop_path_prob=drop_path_prob, layernorm_epsilon=layer_norm_eps, layer_idx=i,
             )
             self.blocks.add_module(str(i), block)
         self.norm = LayerNorm(embed_dim, layer_norm_eps, layer_idx=-1)
@@ -575,11 +609,13 @@ class VisionTransformer(Layer):
 # 4. Weights in and out --------------------------------------------------------------------------
 
 
-def load_weights(model, arrays, skip_head=False):
+def load_weights(model, arrays, skip_head=False, may_be_missing=()):
     """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
 
     Names with a slash, a checkpoint's other entries, are left out; with `skip_head` those of the
-    head, too. Raises UsageError that names what is missing, surplus or misshapen.
+    head, too. `may_be_missing` has parts of names, such as "lora_": parameters whose names have
+    one of them keep their values where the arrays lack them. Raises UsageError that names what is
+    missing, surplus or misshapen.
     """
 
     def is_loaded(name):
@@ -587,13 +623,17 @@ def load_weights(model, arrays, skip_head=False):
 
     parameters = {name: p for name, p in model.named_parameters() if is_loaded(name)}
     names = set(filter(is_loaded, arrays.keys()))
-    errors = [f"{name} is missing" for name in parameters.keys() - names]
-    errors += [f"{name} is not in the model" for name in names - parameters.keys()]
-    require(not errors, "the weights are of another model: " + "; ".join(sorted(errors)))
-    for name, parameter in parameters.items():
-        array, shape = np.ascontiguousarray(arrays[name], np.float32), tuple(parameter.shape)
-        error_message = f"{name} has shape {array.shape}, in the model {shape}"
-        require(array.shape == shape, f"the weights are of another model: {error_message}")
+    missing = parameters.keys() - names
+    errors = [f"{n} is missing" for n in missing if not any(part in n for part in may_be_missing)]
+    errors += [f"{n} is not in the model" for n in names - parameters.keys()]
+    for name in parameters.keys() & names:
+        want, shape = tuple(parameters[name].shape), np.shape(arrays[name])
+        if shape != want:
+            errors.append(f"{name} has shape {shape}, in the model {want}")
+    error_message = f"the weights are of another model: {'; '.join(sorted(errors)):.300}"
+    require(not errors, error_message)
+    for name in sorted(parameters.keys() & names):  # in one order on all ranks
+        parameter, array = parameters[name], np.ascontiguousarray(arrays[name], np.float32)
         parameter.data.copy_(distribute(flow.tensor(array), parameter.placement, parameter.sbp))
 
 
@@ -614,16 +654,25 @@ def _swap_rows(array, outer, inner):
     return array.reshape(-1, *array.shape[3:])
 
 
-def _resize_grid(pos_embed, tokens):
-    """A position embedding (1, 1 + old^2, c) -> (1, tokens, c), bicubic as in timm."""
+def resize_pos_embed(pos_embed, model):
+    """A position embedding (1, 1 + old^2, c) -> that of the model's grid, bicubic as in timm.
+
+    Raises UsageError where it cannot be that of a class token and a square.
+    """
     from PIL import Image  # flowvision brings it
-    old, new = math.isqrt(max(pos_embed.shape[1] - 1, 0)), math.isqrt(tokens - 1)
-    is_square = pos_embed.shape[1] == 1 + old * old
-    error_message = f"pos_embed of {pos_embed.shape[1]} tokens is not a class token and a square"
+    tokens, (height, width) = pos_embed.shape[1], model.patch_embed.grid
+    old = math.isqrt(max(tokens - 1, 0))
+    is_square = old > 0 and tokens == 1 + old * old
+    if tokens == 1 + height * width and (height == width or not is_square):
+        return pos_embed
+    error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
     require(is_square, error_message)
+    # As many tokens in another form would load without a word.
+    error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
+    require(old * old != height * width, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
-    planes = [Image.fromarray(plane).resize((new, new), Image.BICUBIC) for plane in planes]
-    grid = np.stack(planes, -1).reshape(1, new * new, -1)  # c x (old, old) -> (1, new^2, c)
+    planes = [Image.fromarray(plane).resize((width, height), Image.BICUBIC) for plane in planes]
+    grid = np.stack(planes, -1).reshape(1, height * width, -1)  # c x (old, old) -> (1, h w, c)
     return np.concatenate([pos_embed[:, :1], grid], 1)
 
 
@@ -634,14 +683,13 @@ def load_timm_state_dict(model, state_dict, skip_head=False):
     of another grid is interpolated (bicubic, antialiased, class token kept). Otherwise as
     `load_weights`. Build the model with `layer_norm_eps=1e-6`, timm's value.
     """
-    heads, tokens = model.blocks[0].self_attention.num_heads, model.pos_embed.shape[1]
-    arrays = {}
+    heads, arrays = model.blocks[0].self_attention.num_heads, {}
     for name, value in state_dict.items():
         array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
         if ".qkv." in name:
             array = _swap_rows(array, 3, heads)
-        if name == "pos_embed" and array.shape[1] != tokens:
-            array = _resize_grid(array, tokens)
+        if name == "pos_embed":
+            array = resize_pos_embed(array, model)
         for ours, theirs in TIMM_NAMES.items():
             name = name.replace(theirs, ours)
         arrays[name] = array
