@@ -265,8 +265,12 @@ def of_rank_0(number):
 
 def say(text):
     """Print on rank 0."""
-    if dist.rank == 0:
-        print(text)
+    try:
+        if dist.rank == 0:
+            print(text)
+    except OSError as error:  # a closed pipe, a full disk
+        error.filename = "standard output"
+        raise
 
 
 # 4. Evaluation and checkpoints --------------------------------------------------------
@@ -668,7 +672,6 @@ def main(args):
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # leaves nothing to write at the end
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process at once
-    args = None
     try:
         args = parse_arguments()
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
@@ -686,10 +689,9 @@ if __name__ == "__main__":
             if isinstance(error, UsageError):
                 # What comes from a reader's process has its traceback in front.
                 text = str(error).rpartition("UsageError: ")[2].strip()
-            elif isinstance(error, OSError):  # a full disk has no file name
-                folder = args and not isinstance(error, BrokenPipeError) and args.output_dir
-                where = error.filename or folder or "standard output"
-                text = f"{error.strerror}: {where}"
+            elif isinstance(error, OSError):  # its text has the name, but a full disk gives none
+                error.filename = error.filename or args.output_dir and str(args.output_dir)
+                text = str(error)
             print(f"train.py: {text}", file=sys.stderr)
         finally:
             os._exit(exit_code)  # the engine's own end would wait for the other ranks

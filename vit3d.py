@@ -70,7 +70,7 @@ def wait_for_rank_0(seconds=60):
     """
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     rank, world_size, address, port = map(os.environ.get, names)
-    if None in (rank, world_size, address, port) or int(rank) == 0:
+    if None in (rank, world_size, address, port) or int(rank) < 1:  # the engine itself sets -1
         return
     deadline, error = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
