@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each mesh trains as one process does and sends what the formulas say; one process trains right.
+"""Each mesh trains as one process does, and sends and holds what the formulas say; one is right.
 
     python -m pytest -q          all tests
     python test_vit3d.py         the proof as a table (with 16 or 32: on so many processes)
@@ -51,7 +51,8 @@ import vit3d
 from vit3d import (
     MODELS, B, Dropout, Linear, MultiheadAttention, P, PatchEmbedding, S,
     TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, distribute, draw_mesh,
-    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
+    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, weights_held,
+    why_not_cuda,
 )  # fmt: skip
 
 # flowvision's create_transform gives its own Resize an argument that Resize warns about.
@@ -293,11 +294,11 @@ def new_model(depth):
 
 
 @on_meshes(*CASES)
-def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, on, mode, parts):
+def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on, mode, parts):
     """Returns what section 9 prints: the largest differences and, on rank 0 for a graph, bytes."""
     reference = reference_of(mesh, on, mode, parts)
     want, depth = np.load(FOLDER / f"{reference}.npz"), reference[-1]
-    with the_plan() as plan:
+    with the_plan() as (plan, weights, others):
         got = train_steps(mesh, on, mode, parts, depth)
     assert {*got} == {*want}
     differences = {name: float(abs(got[name] - want[name]).max()) for name in got}
@@ -305,10 +306,16 @@ def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, 
     assert not too_large, too_large
     moved = None
     if dist.rank == 0 and mode == "graph":
-        flags = (f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation"))
+        flags = [f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation")]
         moved = bytes_by_axis(plan)
         formula = bytes_by_formula(mesh, parts, depth, *flags)
         assert moved == formula, (moved, formula)
+        sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=depth, num_classes=16)
+        stages = weights_held(mesh, flags[0], **sizes)
+        stage_ids = [dist.get_coordinates(rank)[2] for rank in range(dist.world_size)]
+        formula = [12 * sum(stages[stage_id]) for stage_id in stage_ids]
+        assert weights == formula, (weights, formula)
+        moved.update(weights=max(weights), others=max(others))
         # Stage ids put buffers between stages, for micro-batches that overlap.
         buffers = any("Pipeline-Buffer" in operator for operator, *_ in plan)
         assert buffers == (mesh[2] > 1 and parts > 1)
@@ -317,7 +324,7 @@ def test_a_mesh_trains_as_one_process_and_moves_the_bytes_of_the_formulas(mesh, 
     return differences.pop("losses"), max(differences.values()), moved
 
 
-# 3. Every mesh moves what the formulas say --------------------------------------------------------
+# 3. Every mesh moves and holds what the formulas say ----------------------------------------------
 
 # The engine's plan has a text for each rank. In it an operator copy_comm_net_N is a message that
 # this rank receives. It says from which operator and rank, how often in a step, and of what shape.
@@ -325,32 +332,47 @@ MESSAGE = re.compile(
     r"name : copy_comm_net_.*\n  consume : copy_in : <- \[ (\S+) \] \( actor_id: \d+ , rank: (\d+),"
     r".*time_shape: \((.*?)\), shape: \((.*?)\)"
 )
+# An operator with the name of a weight, or with -m or -v behind it, holds it or a state of Adam.
+VARIABLE = re.compile(r"name : model\.\S+ thrd .*\n.*\n  produce : __out .*, shape: \((.*?)\)")
+# Another text, for all ranks, lists every buffer: rank, bytes and, for such a one, its variable.
+BUFFER = re.compile(r"  mem_block {\n.*?machine_id: (\d+)\n.*?mem_size: (\d+)\n(.*?)\n  }", re.S)
+
+
+def product(shape):
+    return math.prod(map(int, re.findall(r"\d+", shape)))
 
 
 @contextlib.contextmanager
 def the_plan():
-    """Yield a list, to which the end of the `with` adds the messages of the graphs compiled in it.
+    """Yield three lists, which the end of the `with` fills from the plans of the graphs in it.
 
-    It stays empty but on rank 0, which has the plan. A message is (operator, source rank, rank,
-    times in a step, elements). A buffer between stages is listed as (operator, rank, rank, 0, 0).
+    They stay as they are but on rank 0, which has the plans. The first is of messages: (operator,
+    source rank, rank, times in a step, elements). A buffer between stages is listed as (operator,
+    rank, rank, 0, 0). The other two have a number for each rank: bytes of weights and Adam's
+    states, and of all other buffers.
     """
     session, messages = session_context.GetDefaultSession(), []
+    weights, others = [0] * dist.world_size, [0] * dist.world_size
     session.TryInit()
     resource = session.resource
     resource.enable_debug_mode = True
     session.update_resource_eagerly(resource)
-    yield messages
+    yield messages, weights, others
     resource.enable_debug_mode = False
     session.update_resource_eagerly(resource)
-    plans = Path(os.environ["GLOG_log_dir"]).glob("**/*_light_plan")
-    for path in plans if dist.rank == 0 else ():
+    log = Path(os.environ["GLOG_log_dir"])
+    for path in log.glob("**/*_light_plan") if dist.rank == 0 else ():
         rank = int(re.search(r"rank_(\d+)_light", path.name)[1])
         text = path.read_text()
         for operator, source, *shapes in MESSAGE.findall(text):
-            times, elements = (math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes)
-            messages.append((operator, int(source), rank, times, elements))
+            messages.append((operator, int(source), rank, *map(product, shapes)))
         for operator in re.findall(r"name : (System-Pipeline-Buffer-Op_\S+)", text):
             messages.append((operator, rank, rank, 0, 0))
+        weights[rank] += sum(4 * product(shape) for shape in VARIABLE.findall(text))
+        path.unlink()
+    for path in log.glob("**/job_*_plan") if dist.rank == 0 else ():
+        for rank, size, more in BUFFER.findall(path.read_text()):
+            others[int(rank)] += 0 if "variable_op_name" in more else int(size)
         path.unlink()
 
 
@@ -997,7 +1019,8 @@ def test_under_another_launcher_a_run_does_not_start_its_processes_again():
     lines = run.stdout.splitlines()
     assert len(set(lines)) == len(lines)  # rank 0 alone prints
     words = [line.split()[0] for line in lines]
-    assert words == ["data", "stage", "27,946", "images:", "step", "step", "step"]
+    assert words == ["data", "stage", "27,946", "the", "images:", "step", "step", "step"]
+    assert "holds 335,352 bytes of weights and Adam's states" in lines[3]
 
 
 def test_tasks_that_were_started_together_and_not_told_their_ranks_are_refused():
@@ -1406,7 +1429,7 @@ def test_ranks_that_differ_are_told_in_what(mesh):
 def print_proof(processes):
     """A row for each mesh and mode: differences from one process, bytes by plan and by formula."""
     print("Trained with", ON["everything"], "(--activation-checkpoint: graph alone)")
-    print("mesh   mode   loss     weight   bytes a step along data, tensor, pipeline")
+    print("mesh   mode   loss     weight   bytes sent along data, tensor, pipeline; bytes held")
     cases = [case for case in CASES if case[1] == "everything" and math.prod(case[0]) in processes]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -1423,7 +1446,8 @@ def print_proof(processes):
                 text = f"{mesh:<7}{mode:<7}{loss:<9.1e}{weight:<9.1e}"
                 if moved:
                     sizes = (f"{moved[axis]:,}" for axis in ("data", "tensor", "pipeline"))
-                    text += " ".join(sizes) + ", as the formulas say"
+                    text += f"{' '.join(sizes)}; {moved['weights']:,}: as the formulas say"
+                    text += f" (other buffers {moved['others']:,})"
                 print(text.rstrip(), flush=True)
 
 

@@ -38,7 +38,7 @@ from safetensors.numpy import load_file
 
 from vit3d import MODELS, B, S, UsageError, VisionTransformer, batch_to_global, dist, distribute
 from vit3d import draw_mesh, flow, full_array, load_timm_state_dict, load_weights, nn, require
-from vit3d import resize_pos_embed, set_pipeline_stage_id
+from vit3d import resize_pos_embed, set_pipeline_stage_id, weights_held
 from flowvision import datasets
 from flowvision.data import Mixup, create_transform
 from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
@@ -610,6 +610,9 @@ def main(args):
     model = VisionTransformer(**sizes, **rates, loss_func=loss_func)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{draw_mesh(dist)}\n{parameters:,} parameters, {batch_size} images a step, {steps} steps")
+    held = max(map(sum, weights_held(mesh, args.shard_params, **sizes)))
+    size, what = (4, "weights") if args.eval_only else (12, "weights and Adam's states")
+    say(f"the fullest process holds {size * held:,} bytes of {what}")
     say(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
     left_out = sum((getattr(split, "left_out", Counter()) for split in {train, val}), Counter())
     if left_out:

@@ -709,7 +709,7 @@ def to_timm_state_dict(model):
     return arrays
 
 
-# 5. The rest of the mesh: stages in a graph, devices, a picture ----------------------------------
+# 5. The rest of the mesh: stages in a graph, devices, a picture, memory --------------------------
 
 
 def set_pipeline_stage_id(model):
@@ -763,6 +763,39 @@ def draw_mesh(mesh):
         ranks = mesh.ranks[:, :, stage].tolist()
         lines.append(f"stage {stage}: blocks {blocks}, ranks {ranks}")
     return "\n".join(lines)
+
+
+def weights_held(
+    mesh, shard_params=False, img_size=224, patch_size=16, in_chans=3, embed_dim=192, depth=12,
+    mlp_ratio=4.0, num_classes=1000, **others,
+):
+    """How many elements of each weight a rank holds: a list for each stage of the pipeline.
+
+    `mesh` is (data, tensor, pipeline), the rest are arguments of `VisionTransformer`. With Adam's
+    two states an element takes 12 bytes. A formula: it looks at no model and starts no process.
+    """
+    d, t, p = mesh
+    c, inner = embed_dim, int(embed_dim * mlp_ratio)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    tokens = (height // patch_size) * (width // patch_size) + 1
+    # (shape, the dimension that the tensor axis splits), in the order of the model
+    norm = [((c,), None), ((c,), None)]
+    attention = [((3 * c, c), 0), ((3 * c,), 0), ((c, c), 1), ((c,), None)]
+    mlp = [((inner, c), 0), ((inner,), 0), ((c, inner), 1), ((c,), None)]
+    block = norm + attention + norm + mlp
+    embedding = [((c, in_chans, patch_size, patch_size), None), ((c,), None)]
+    embedding += [((1, 1, c), None), ((1, tokens, c), None)]
+    head = [((num_classes, c), None), ((num_classes,), None)]
+
+    def elements(shape, split):
+        whole = math.prod(shape) // (1 if split is None else t)
+        free = [n for i, n in enumerate(shape) if i != split]  # that the replicas can share
+        return whole // d if shard_params and any(n % d == 0 for n in free) else whole
+
+    stages = [(depth + stage) // p * block for stage in range(p)]
+    stages[0] = embedding + stages[0]
+    stages[-1] = stages[-1] + norm + head
+    return [[elements(*weight) for weight in stage] for stage in stages]
 
 
 dist = Dist()
