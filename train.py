@@ -192,8 +192,8 @@ class TrainGraph(nn.Graph):
             decay.weight_decay_conf.excludes.pattern.extend(patterns)
         del groups[-1]
 
-    def build(self, images, labels):
-        losses = self.model(images, labels)["losses"]
+    def build(self, images, *targets):
+        losses = self.model(images, *targets)["losses"]
         losses.backward()
         return losses
 
@@ -220,20 +220,21 @@ class Trainer:
             self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **linear)
         self.graph = None if args.eager else TrainGraph(self, args)
 
-    def step(self, images, labels):
-        """Train on a replica's batch, numpy arrays -> mean loss, learning rate."""
+    def step(self, *batch):
+        """Train on a replica's batch, numpy arrays, images first -> mean loss, learning rate."""
         lr = self.optimizer.param_groups[0]["lr"]
-        if self.graph:
-            losses = self.graph(batch_to_global(images, 0), batch_to_global(labels, -1))
-        else:
-            losses = self.eager_step(images, labels)
+        losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
         self.scheduler.step()  # of eager mode; a graph computes the same rate itself
         return float(full_array(losses).mean()), lr
 
-    def eager_step(self, images, labels):
+    def to_mesh(self, images, *targets):
+        """Images to the first stage, the others, such as labels, to the last."""
+        return batch_to_global(images, 0), *(batch_to_global(array, -1) for array in targets)
+
+    def eager_step(self, *batch):
         n, total = self.args.accumulation_steps, 0
-        for image, label in zip(np.split(images, n), np.split(labels, n)):
-            losses = self.model(batch_to_global(image, 0), batch_to_global(label, -1))["losses"] / n
+        for micro_batch in zip(*(np.split(array, n) for array in batch)):
+            losses = self.model(*self.to_mesh(*micro_batch))["losses"] / n
             losses.backward()
             total = total + losses.detach()
         nn.utils.clip_grad_norm_(list(self.model.parameters()), self.args.clip_grad or 1e9)
@@ -397,21 +398,23 @@ def load_initial_weights(model, path, run, args):
     is_timm = "blocks.0.attn.qkv.weight" in arrays
     if is_timm and args.layer_norm_eps == 1e-5:
         say(f"{path}: timm's --layer-norm-eps is 1e-6; README has a table for --mean and --std")
-    same_classes = record.get("classes", run["classes"]) == run["classes"]
     head_rows = len(arrays.get("head.bias", ()))
-    skip_head = not same_classes or head_rows != run["sizes"]["num_classes"]
-    if args.eval_only:
-        require(not skip_head, f"{path}: its head is for other classes")
-        fits = record or head_rows == len(run["classes"])
-        require(fits, f"{path}: its head has {head_rows} classes, --data {len(run['classes'])}")
-    if skip_head:
+    may_be_missing = ()  # parts of names that your model adds, such as ("lora_",)
+    same_classes = record.get("classes", run["classes"]) == run["classes"]
+    if not same_classes or head_rows != run["sizes"]["num_classes"]:
+        require(not args.eval_only, f"{path}: its head is for other classes")
         say(f"{path}: its head is for other classes and is not loaded")
+        arrays = {name: arrays[name] for name in arrays if not name.startswith("head.")}
+        may_be_missing += ("head.",)
+    error_message = f"{path}: its head has {head_rows} classes, --data {len(run['classes'])}"
+    fits = record or head_rows == len(run["classes"])
+    require(fits or not args.eval_only, error_message)
     if is_timm:
-        load_timm_state_dict(model, arrays, skip_head)
+        load_timm_state_dict(model, arrays, may_be_missing)
     else:
         if "pos_embed" in arrays:
             arrays["pos_embed"] = resize_pos_embed(arrays["pos_embed"], model)
-        load_weights(model, arrays, skip_head)
+        load_weights(model, arrays, may_be_missing)
     return record.get("step", 0)
 
 

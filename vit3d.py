@@ -609,31 +609,28 @@ class VisionTransformer(Layer):
 # 4. Weights in and out --------------------------------------------------------------------------
 
 
-def load_weights(model, arrays, skip_head=False, may_be_missing=()):
+def load_weights(model, arrays, may_be_missing=()):
     """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
 
-    Names with a slash, a checkpoint's other entries, are left out; with `skip_head` those of the
-    head, too. `may_be_missing` has parts of names, such as "lora_": parameters whose names have
-    one of them keep their values where the arrays lack them. Raises UsageError that names what is
-    missing, surplus or misshapen.
+    Names with a slash, a checkpoint's other entries, are left out. A weight whose name contains a
+    part given in `may_be_missing`, such as ("head.", "lora_"), stays as it is if it has no array.
+    Raises UsageError that names what is missing, surplus or misshapen.
     """
-
-    def is_loaded(name):
-        return "/" not in name and not (skip_head and name.startswith("head."))
-
-    parameters = {name: p for name, p in model.named_parameters() if is_loaded(name)}
-    names = set(filter(is_loaded, arrays.keys()))
-    missing = parameters.keys() - names
-    errors = [f"{n} is missing" for n in missing if not any(part in n for part in may_be_missing)]
-    errors += [f"{n} is not in the model" for n in names - parameters.keys()]
+    names = {name for name in arrays.keys() if "/" not in name}
+    parameters = {
+        name: p for name, p in model.named_parameters()
+        if name in names or not any(part in name for part in may_be_missing)
+    }
+    errors = [f"{name} is missing" for name in parameters.keys() - names]
+    errors += [f"{name} is not in the model" for name in names - parameters.keys()]
     for name in parameters.keys() & names:
         want, shape = tuple(parameters[name].shape), np.shape(arrays[name])
         if shape != want:
             errors.append(f"{name} has shape {shape}, in the model {want}")
     error_message = f"the weights are of another model: {'; '.join(sorted(errors)):.300}"
     require(not errors, error_message)
-    for name in sorted(parameters.keys() & names):  # in one order on all ranks
-        parameter, array = parameters[name], np.ascontiguousarray(arrays[name], np.float32)
+    for name, parameter in parameters.items():
+        array = np.ascontiguousarray(arrays[name], np.float32)
         parameter.data.copy_(distribute(flow.tensor(array), parameter.placement, parameter.sbp))
 
 
@@ -676,7 +673,7 @@ def resize_pos_embed(pos_embed, model):
     return np.concatenate([pos_embed[:, :1], grid], 1)
 
 
-def load_timm_state_dict(model, state_dict, skip_head=False):
+def load_timm_state_dict(model, state_dict, may_be_missing=()):
     """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
 
     q, k and v, one after the other in timm, go side by side within each head. A position embedding
@@ -693,7 +690,7 @@ def load_timm_state_dict(model, state_dict, skip_head=False):
         for ours, theirs in TIMM_NAMES.items():
             name = name.replace(theirs, ours)
         arrays[name] = array
-    load_weights(model, arrays, skip_head)
+    load_weights(model, arrays, may_be_missing)
 
 
 def to_timm_state_dict(model):
@@ -776,7 +773,7 @@ def weights_held(
     """
     d, t, p = mesh
     c, inner = embed_dim, int(embed_dim * mlp_ratio)
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = np.broadcast_to(img_size, 2).tolist()
     tokens = (height // patch_size) * (width // patch_size) + 1
     # (shape, the dimension that the tensor axis splits), in the order of the model
     norm = [((c,), None), ((c,), None)]
