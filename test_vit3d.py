@@ -1094,23 +1094,52 @@ def test_sequence_parallelism_needs_a_token_for_each_rank(mesh):
         VisionTransformer(16, 16, 3, 32, 1, 4)
 
 
-@pytest.mark.parametrize("index, processes", [(0, 2), (1, 8)], ids=["first", "whole"])
-def test_the_programs_of_the_readme_print_what_it_shows_when_copied(tmp_path, index, processes):
-    text = (HERE / "README.md").read_text()
-    program = re.findall(r"```python\n(.*?)```", text, re.S)[index]
-    (tmp_path / "yours.py").write_text(program)
-    shutil.copy(HERE / "vit3d.py", tmp_path)
-    command = [sys.executable, *LAUNCH, str(processes), "--master_port", free_port(), "yours.py"]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=CLEAN, capture_output=True, text=True, timeout=300
-    )
+README = (HERE / "README.md").read_text()
+TWO, YOURS, _, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
+
+
+def run_program(folder, program, *arguments, processes=1):
+    """Run a program beside a copy of vit3d.py, as README says -> what it prints."""
+    (folder / "yours.py").write_text(program)
+    shutil.copy(HERE / "vit3d.py", folder)
+    launch = [*LAUNCH, str(processes), "--master_port", free_port()] if processes > 1 else []
+    command = [sys.executable, *launch, "yours.py", *map(str, arguments)]
+    run = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    if index == 0:
-        shown = re.findall(r"```text\n(.*?)```", text, re.S)[0].splitlines()
-        assert set(shown) <= set(run.stdout.splitlines()), run.stdout
-    else:
-        losses = re.findall(r"^\d+\.\d+$", run.stdout, re.M)
-        assert len(losses) >= 3 and len(set(losses)) > 1, run.stdout
+    return run.stdout.splitlines()
+
+
+def test_the_first_program_of_the_readme_prints_what_it_shows(tmp_path):
+    shown = re.findall(r"```text\n(.*?)```", README, re.S)[0].splitlines()
+    assert set(shown) <= set(run_program(tmp_path, TWO, processes=2))
+
+
+def test_the_whole_program_of_the_readme_prints_the_same_on_2x2x2_and_on_one_process(tmp_path):
+    losses = run_program(tmp_path, YOURS, processes=8)[-3:]
+    assert run_program(tmp_path, YOURS.replace("(2, 2, 2", "(1, 1, 1")) == losses
+    assert len({float(loss) for loss in losses}) == 3
+
+
+def test_the_readmes_program_for_a_trained_model_names_the_classes_of_images(tmp_path):
+    make_folder(tmp_path, dict(train=8, val=1))
+    flags = "--micro-batch-size 24 --steps 9 --lr 0.01 --eager --mean 0.3 0.3 0.3 --std 0.2 0.2 0.2"
+    run_main(*TINY, *flags.split(), "--data", tmp_path, "--output-dir", tmp_path / "out")
+    assert Trainer.validations[0][1] == 1
+    paths = sorted(tmp_path.glob("val/*/*.png"))
+    lines = [f"{path} {path.parent.name}" for path in paths]
+    assert run_program(tmp_path, PREDICT, *paths) == lines and len(lines) == 3
+
+
+def test_the_readmes_table_of_defaults_is_what_train_py_does():
+    args = vars(train.parse_arguments([]))
+    table = README.partition("This is on by default:")[2].partition("\n\n")[2].partition("\n\n")[0]
+    shown = dict(re.findall(r"`--([a-z-]+) ([^`]+)`", table))
+    for flag, text in shown.items():
+        value = args[flag.replace("-", "_")]
+        assert text.split() == [str(v) for v in (value if isinstance(value, list) else [value])]
+    on = {name.replace("_", "-") for name, value in args.items() if value and value is not True}
+    assert on == {*shown, "layer-norm-eps", "data-parallel", "tensor-parallel", "pipeline-parallel",
+                  "workers"}  # fmt: skip
 
 
 # 8. Ends and checkpoints --------------------------------------------------------------------------
