@@ -91,8 +91,9 @@ class FolderImages(datasets.ImageFolder):
         except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
             raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
         self.files = [path[len(root) :] for path, _ in self.samples]
-        empty = [name for i, name in enumerate(self.classes) if i not in set(self.targets)]
-        require(not empty, f"{root}: no image in {', '.join(empty):.300}")
+        empty = set(range(len(self.classes))) - set(self.targets)
+        names = ", ".join(self.classes[i] for i in sorted(empty))
+        require(not empty, f"{root}: no image in {names:.300}")
         error_message = f"{root}/CLASS/* must be two classes or more, not {self.classes}"
         require(len(self.classes) > 1, error_message)
 
@@ -199,7 +200,11 @@ class TrainGraph(nn.Graph):
 
 
 class Trainer:
-    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine."""
+    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine.
+
+    A graph takes SGD, Adam, AdamW, Adagrad, Adadelta and RMSprop, too, and no schedule by a lambda.
+    LAMB is wrong where weights are split, since it takes the norm of a rank's slice.
+    """
 
     def __init__(self, model, args, steps):
         self.model, self.args = model.train(), args
@@ -210,7 +215,6 @@ class Trainer:
         for name, parameter in model.named_parameters():
             has_decay = parameter.ndim > 1 and name not in model.no_weight_decay()
             (decay if has_decay else no_decay)["params"].append(parameter)
-        # Not LAMB where weights are split: it would take the norm of a rank's slice.
         self.optimizer = flow.optim.AdamW([decay, no_decay], lr=args.lr)
         warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
         require(warmup < steps, f"--warmup-steps {warmup} must be below {steps} steps")
@@ -387,14 +391,12 @@ def load_initial_weights(model, path, run, args):
     """Load weights alone, ours or timm's, without a head for other classes. -> their step"""
     arrays, record = read_arrays(path)
     tell_changed_flags(path, record, run)
-    other = next(iter(arrays), "")
+    first_name, sizes = next(iter(arrays), ""), record.get("sizes", run["sizes"])
     is_known = any(name.startswith("blocks.0.") for name in arrays)
-    require(is_known, f"{path}: neither our names nor timm's, as in {other:.100}")
-    # No shape tells these two.
-    before = {name: record["sizes"][name] for name in ("num_heads", "layer_norm_eps") if record}
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in before.items())
-    is_alike = all(run["sizes"][name] == value for name, value in before.items())
-    require(is_alike, f"{path} was trained with {flags}: give these")
+    require(is_known, f"{path}: neither our names nor timm's, as in {first_name:.100}")
+    for name in ("num_heads", "layer_norm_eps"):  # no shape of a weight tells them
+        flag = f"--{name.replace('_', '-')} {sizes[name]}"
+        require(sizes[name] == run["sizes"][name], f"{path} was trained with {flag}: give it, too")
     is_timm = "blocks.0.attn.qkv.weight" in arrays
     if is_timm and args.layer_norm_eps == 1e-5:
         say(f"{path}: timm's --layer-norm-eps is 1e-6; README has a table for --mean and --std")
@@ -406,9 +408,9 @@ def load_initial_weights(model, path, run, args):
         say(f"{path}: its head is for other classes and is not loaded")
         arrays = {name: arrays[name] for name in arrays if not name.startswith("head.")}
         may_be_missing += ("head.",)
-    error_message = f"{path}: its head has {head_rows} classes, --data {len(run['classes'])}"
-    fits = record or head_rows == len(run["classes"])
-    require(fits or not args.eval_only, error_message)
+    if args.eval_only and not record:
+        classes = len(run["classes"])
+        require(head_rows == classes, f"{path}: its head has {head_rows} classes, --data {classes}")
     if is_timm:
         load_timm_state_dict(model, arrays, may_be_missing)
     else:
@@ -597,10 +599,11 @@ def main(args):
     require(per_epoch or args.eval_only, f"a batch of {batch_size} is more than {images} images")
     steps = args.steps or (args.epochs or 0) * per_epoch or 200
     flags = {name: value for name, value in vars(args).items() if name != "resume"}
-    of_paths = {name: None for name, value in flags.items() if isinstance(value, Path)}
-    files = [getattr(split, "files", None) for split in (train, val)]
-    of_data = dict(classes=val.classes, targets=[train.targets, val.targets], files=files)
-    require_alike({**flags, **of_paths, "device": dist.device_type, **of_data})
+    alike = {name: value for name, value in flags.items() if not isinstance(value, Path)}
+    alike.update(device=dist.device_type, classes=val.classes)
+    alike.update(targets=[list(train.targets), list(val.targets)])
+    alike.update(files=[getattr(split, "files", None) for split in (train, val)])
+    require_alike(alike)
 
     # the model
     mixup, loss_func = None, None
