@@ -18,7 +18,7 @@ The ranks start once for all tests of 4 processes.
 To see a test fail, change one of these lines of vit3d.py:
 
     MultiheadAttention      alpha=self.head_size**-0.5 -> alpha=1.0   logits_loss_and_gradient
-    Dropout                 sbp = [B] * len(x.sbp) -> list(x.sbp)     a_mesh_trains
+    Dropout.forward         [B] * len(x.sbp) -> list(x.sbp)           a_mesh_trains
     set_pipeline_stage_id   return at once                            a_mesh_trains, blocks_lie
     Linear                  "row": S(1) -> "row": B                   each_rank_holds, a_mesh_trains
 
@@ -980,7 +980,7 @@ MISTAKES = {
     "--init-from VOID.safetensors": "VOID.safetensors must be a whole .*: .*header too small",
     "--init-from ARRAY.npz": "ARRAY.npz must be a whole",
     "--init-from OBJECTS.npz": "OBJECTS.npz must be a whole .*: Object arrays cannot be loaded",
-    "--init-from OTHERS.safetensors": "neither our names nor timm's, as in vit.embeddings.cls_token",
+    "--init-from OTHERS.safetensors": "neither our names nor timm's, as in vit.embedd",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
 
