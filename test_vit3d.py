@@ -48,6 +48,8 @@ from unittest import mock
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
 CLEAN = dict(os.environ)  # for commands: without what vit3d and the engine set below
 
+import vit3d  # before all that imports the engine: it prepares it
+
 import numpy as np
 import pytest
 from flowvision.models import vision_transformer
@@ -56,7 +58,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import train
-import vit3d
 from vit3d import (
     MODELS, B, Dropout, Layer, Linear, MultiheadAttention, P, PatchEmbedding, S,
     TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, distribute, draw_mesh,
@@ -409,7 +410,7 @@ def bytes_by_axis(plan):
 
 
 def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
-    """What `bytes_by_axis` must be for `train_steps`: README, 'Know what a mesh sends'."""
+    """What `bytes_by_axis` must be for `train_steps`: README, 'What a mesh sends ...'."""
     d, t, p = mesh
     m, c, classes = micro_batches, 32, 16
     x = 4 * (16 // d // m) * 17 * c  # the tokens of a micro-batch of a replica
@@ -913,7 +914,7 @@ def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
         trainer = train.Trainer(model, args, 9)
         trainer.optimizer = flow.optim.AdamW(groups, lr=0.1)
         trainer.scheduler = train.lr_scheduler.CosineDecayLR(trainer.optimizer, 9)
-        with pytest.raises(UsageError, match="a graph here takes two groups of one rate: see"):
+        with pytest.raises(UsageError, match="a graph here takes two groups of one rate: README"):
             batch = batch_to_global(PIXELS[:2], 0), batch_to_global(np.arange(2), -1)
             train.TrainGraph(trainer, args)(*batch)
 

@@ -184,7 +184,7 @@ class TrainGraph(nn.Graph):
         super()._generate_config_proto()
         groups = self.config.proto.train_conf.optimizer_conf
         rates = {group.base_learning_rate for group in groups}
-        error_message = "a graph here takes two groups of one rate: see README 'Make it yours'"
+        error_message = "a graph here takes two groups of one rate: README, 'Rules of the engine'"
         require(len(groups) == 2 and len(rates) == 1, error_message)
         decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
