@@ -399,7 +399,7 @@ def load_initial_weights(model, path, run, args):
         require(sizes[name] == run["sizes"][name], f"{path} was trained with {flag}: give it, too")
     is_timm = "blocks.0.attn.qkv.weight" in arrays
     if is_timm and args.layer_norm_eps == 1e-5:
-        say(f"{path}: timm's --layer-norm-eps is 1e-6; README has a table for --mean and --std")
+        say(f"{path}: weights of timm want --layer-norm-eps 1e-6; README has the other flags")
     head_rows = len(arrays.get("head.bias", ()))
     may_be_missing = ()  # parts of names that your model adds, such as ("lora_",)
     same_classes = record.get("classes", run["classes"]) == run["classes"]
@@ -426,7 +426,7 @@ def load_checkpoint(trainer, path, run):
     tell_changed_flags(path, record, run)
     require_alike({f"the step of {path}": record.get("step")})
     for name in ("batch_size", "steps", "sizes", "eager", "classes"):
-        before, now = str(record.get(name)), str(run[name])
+        before, now = json.dumps(record.get(name)), json.dumps(run[name])
         require(before == now, f"{path}: {name} was {before:.500} and must not be {now:.500}")
     load_weights(trainer.model, arrays)
     state = {k.removeprefix("optimizer/"): arrays[k] for k in arrays if k.startswith("optimizer/")}
