@@ -730,7 +730,7 @@ def test_folders_name_the_labels_and_images_are_resized_cropped_and_normalized(
     assert np.array_equal(first, again) and (first != next_epoch).any()
 
 
-def test_what_a_system_puts_into_folders_is_left_out_and_counted(tmp_path):
+def test_what_a_system_puts_into_folders_is_left_out_and_counted(tmp_path, capsys):
     make_folder(tmp_path, dict(train=2, val=1))
     image = tmp_path / "train/class0/1.png"
     names = ".ipynb_checkpoints/0.png", "@eaDir/0.png", "__MACOSX/0.png", "class0/.cache/0.png",
@@ -744,6 +744,9 @@ def test_what_a_system_puts_into_folders_is_left_out_and_counted(tmp_path):
     assert images.targets == [0, 0, 0] + [1] * 5 + [2, 2] and "/class0/more/0.png" in images.files
     folders = {".ipynb_checkpoints/": 1, "@eaDir/": 1, "__MACOSX/": 1}
     assert images.left_out == {**folders, ".png": 5, ".txt": 1}
+    run_main(*TINY, "--data", tmp_path, "--steps", 1, "--eager", "--micro-batch-size", 10)
+    out = capsys.readouterr().out
+    assert f"left out of {tmp_path}/train: 5 .png" in out and "nothing is saved" in out
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "LA"])
@@ -982,6 +985,7 @@ MISTAKES = {
     "--init-from ARRAY.npz": "ARRAY.npz must be a whole",
     "--init-from OBJECTS.npz": "OBJECTS.npz must be a whole .*: Object arrays cannot be loaded",
     "--init-from OTHERS.safetensors": "neither our names nor timm's, as in vit.embedd",
+    "--steps 9 --epochs 9": "--steps and --epochs: give one of them",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
 
@@ -1294,7 +1298,7 @@ def test_metrics_are_cut_behind_the_checkpoint_and_where_they_cannot_be_read(
     tmp_path, last_step, kept
 ):
     lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 5)]
-    lines += ['{"step": 4, "val_loss": 1.0}\n', '{"st\xff\n', '{"step": 4, "loss": 1.0}\n']
+    lines += ['{"step": 4, "images": 9}\n', '{"st\xff\n', '{"step": 4, "loss": 1.0}\n']
     (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="latin-1")
     file = train.open_metrics(tmp_path)
     assert train.cut_metrics(file, last_step) == (kept == 5)  # is the last step validated?
@@ -1384,7 +1388,8 @@ def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_pa
     run = [*flags, "--steps", 2, "--output-dir", tmp_path / "run"]
     run_main(*run)
     before = full_weights(Trainer.last.model)
-    assert "images: 12 to train, 3 to validate; 3 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images: 12 to train, 3 to validate; 3 classes" in out
     for split in ("train", "val"):
         (tmp_path / split / "class0").rename(tmp_path / split / "zebra")
     with pytest.raises(UsageError, match="its head is for other classes"):
@@ -1402,7 +1407,8 @@ def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_pa
     assert "images was 12 and is 11" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "train")  # validation needs none
     run_main(*run, "--eval-only", "--init-from", checkpoint)
-    assert "images: 0 to train, 3 to validate" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images: 0 to train, 3 to validate" in out and "images was" not in out
     of_training, of_validation = metrics(tmp_path / "run")[-2:]
     assert {**of_validation, "epoch": of_training["epoch"]} == of_training
 
@@ -1487,8 +1493,9 @@ def test_ranks_that_differ_are_told_in_what(mesh):
 
 # 9. A model of your own ---------------------------------------------------------------------------
 
-# What people change, as classes to copy. Layers and models need `vit3d.py` alone, trainers need
-# `train.py`, too. To train them by train.py, name your model and your trainer in its `main`.
+# What people change, as classes to copy. Layers and models need `vit3d.py` alone. For a trainer
+# write `from train import Trainer`: here it is the one of section 2. To train them by train.py, put
+# their names in place of `VisionTransformer` and `Trainer` in its `main`.
 
 
 class RMSNorm(Layer):
@@ -1709,11 +1716,11 @@ class Adapted(VisionTransformer):
 class WithAverage(Trainer):
     """Keeps an average of each weight over the steps (EMA), on the same mesh as the weight."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+    averages = None
 
     def step(self, *batch):
+        if self.averages is None:  # at the first step, when weights from a file are there
+            self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         result = super().step(*batch)
         for name, p in self.model.named_parameters():
             average = self.averages[name]

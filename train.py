@@ -9,6 +9,7 @@ python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-d
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -28,7 +29,8 @@ from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 
-# Who starts several tasks says so here. The engine overwrites WORLD_SIZE when it is imported.
+# srun, mpirun and others set one of these to the number of tasks, which `__main__` looks at. The
+# engine overwrites WORLD_SIZE when it is imported, so they are read here.
 TASK_COUNTS = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"
 TASKS = {name: os.environ[name] for name in TASK_COUNTS if name in os.environ}
 
@@ -64,6 +66,7 @@ class SyntheticImages(Dataset):
         """(epoch, index) -> the key, the image, its class."""
         _, index = key
         cells = np.arange(self.img_size) * 4 // self.img_size
+        # (3, 4, 4) -> (3, img_size, img_size)
         image = 0.5 * self.patterns[self.targets[index]][:, cells][:, :, cells]
         rng = np.random.default_rng([self.seed, self.split == "val", index])
         image = (image + rng.standard_normal(image.shape)).astype(np.float32)
@@ -82,7 +85,7 @@ class FolderImages(datasets.ImageFolder):
         is_training = split == "train" and not args.no_augment
         self.left_out = Counter()  # of files by ending, of folders by name
         try:
-            super().__init__(root, is_valid_file=lambda path: True)
+            super().__init__(root, is_valid_file=lambda path: True)  # `make_dataset` chooses
             self.transform = create_transform(
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
                 auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
@@ -90,7 +93,7 @@ class FolderImages(datasets.ImageFolder):
             )
         except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
             raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
-        self.files = [path[len(root) :] for path, _ in self.samples]
+        self.files = [path[len(root) :] for path, _ in self.samples]  # alike on all ranks
         empty = set(range(len(self.classes))) - set(self.targets)
         names = ", ".join(self.classes[i] for i in sorted(empty))
         require(not empty, f"{root}: no image in {names:.300}")
@@ -156,7 +159,7 @@ def load_batches(data_set, keys, args, mixup=None):
             pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
         return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
     # A data set may seed flow for each image, as FolderImages does. Here that would repeat the
-    # masks of dropout, so all but the one above are read in other processes.
+    # masks of dropout, so all but SyntheticImages are read in other processes.
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
     can_share = os.access("/dev/shm", os.W_OK) or not workers
     require(can_share, "/dev/shm is not there or not writable: the readers of images share it")
@@ -228,7 +231,7 @@ class Trainer:
         """Train on a replica's batch, numpy arrays, images first -> mean loss, learning rate."""
         lr = self.optimizer.param_groups[0]["lr"]
         losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
-        self.scheduler.step()  # of eager mode; a graph computes the same rate itself
+        self.scheduler.step()  # for eager mode and `lr`; a graph computes the same rate itself
         return float(full_array(losses).mean()), lr
 
     def to_mesh(self, images, *targets):
@@ -313,12 +316,15 @@ def evaluate(model, data_set, args):
                 told = time.monotonic()
                 say(f"validating: {len(scores)} of {len(batches)} batches")
     model.train()
-    means = {k: np.concatenate([part[k] for part in scores])[:length].mean() for k in scores[0]}
+    means = {}
+    for name in scores[0]:
+        values = np.concatenate([part[name] for part in scores])
+        means[name] = float(values[:length].mean())
     return dict(means, images=length)
 
 
 def get_optimizer_state(trainer):
-    """Adam's m and v of each weight, {"model.head.bias-m": tensor}, and a graph's counters."""
+    """Adam's states of each weight, as {"model.head.bias-m": tensor}, and a graph's counters."""
     if trainer.graph:
         state = trainer.graph.state_dict()
         del state["model"]  # the weights
@@ -343,7 +349,7 @@ def set_optimizer_state(trainer, arrays, step):
             trainer.optimizer._state[weight][kind] = state[key]
     if trainer.graph:
         trainer.graph.load_state_dict(state)
-    trainer.optimizer._state["step"] = step
+    trainer.optimizer._state["step"] = step  # for Adam's bias correction in eager mode
     while trainer.scheduler.last_step < step:
         trainer.scheduler.step()
 
@@ -353,7 +359,7 @@ def save_checkpoint(trainer, record, path):
     tensors = dict(trainer.model.named_parameters())
     for name, tensor in get_optimizer_state(trainer).items():
         tensors[f"optimizer/{name}"] = tensor
-    arrays = {"run/record": json.dumps(record, default=str)}  # a path as text
+    arrays = {"run/record": json.dumps(record, default=str)}  # str: a Path becomes text
     for name, tensor in tensors.items():
         array = full_array(tensor)  # on all ranks
         require(np.isfinite(array).all(), f"{name} is not finite and is not saved")
@@ -367,12 +373,13 @@ def save_checkpoint(trainer, record, path):
             os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
         unfinished.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some file systems cannot do that
+            os.fsync(folder)  # the new name, too
         os.close(folder)
 
 
 def read_arrays(path):
-    """A file's arrays by name, and the record of the run that saved it, {} for others' weights."""
+    """A file's arrays by name, and the record of the run that saved it, {} if it has none."""
     try:
         arrays = dict({".npz": np.load, ".safetensors": load_file}[path.suffix](path))
         return arrays, json.loads(str(arrays.pop("run/record", "{}")))
@@ -382,7 +389,7 @@ def read_arrays(path):
 
 def tell_changed_flags(path, record, run):
     for flag, before in record.get("flags", {}).items():
-        now = run["flags"].get(flag)
+        now = run["flags"].get(flag, before)
         if str(before) != str(now):
             say(f"{path}: {flag} was {before} and is {now}")
 
@@ -446,14 +453,14 @@ def number(kind, least, most=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must be finite, from {least} to {most}")
         return value
 
-    parse.__name__ = kind.__name__  # for argparse's own messages
+    parse.__name__ = kind.__name__  # argparse tells it, as in 'invalid float value'
     return parse
 
 
 def parse_arguments(argv=None):
     """The command line. Raises UsageError for what cannot go together."""
     parser = argparse.ArgumentParser(description="Train; sizes are those of --model.")
-    parser.error = lambda message: require(False, message)  # in one sentence
+    parser.error = lambda message: require(False, message)  # `__main__` tells it
     count, rate, probability = number(int, 1), number(float, 0), number(float, 0, 1)
     rgb = dict(nargs=3, metavar=tuple("RGB"))
     add = parser.add_argument
@@ -504,8 +511,11 @@ def parse_arguments(argv=None):
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
     add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
-    is_odd = (args.mixup or args.cutmix or args.label_smoothing) and args.micro_batch_size % 2
-    require(not is_odd, "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even")
+    mixes_pairs = args.mixup or args.cutmix or args.label_smoothing
+    is_even = args.micro_batch_size % 2 == 0
+    error_message = "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even"
+    require(is_even or not mixes_pairs, error_message)
+    require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
     require(not (args.eager and args.activation_checkpoint), "--activation-checkpoint: not --eager")
     require(args.output_dir or not args.resume, "--resume needs --output-dir")
     require(args.init_from or not args.eval_only, "--eval-only needs --init-from")
@@ -525,14 +535,17 @@ def launch(processes, command):
         environment.update(RANK=rank, LOCAL_RANK=rank)
         # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: the kernel ends a rank when this process has ended.
         ranks.append(Popen(command, env=environment, preexec_fn=lambda: libc.prctl(1, 9)))
-    while None in (codes := [process.poll() for process in ranks]) and not any(codes):
+    codes = [None]
+    while None in codes and not any(codes):
         time.sleep(0.05)
+        codes = [process.poll() for process in ranks]
     for process in ranks:
         process.kill()
+        process.wait()  # now its lock is free
     code = next(filter(None, codes), 0)
     if code < 0:
         print(f"train.py: a process ended by {signal.Signals(-code).name}", file=sys.stderr)
-    return abs(code)
+    return code if code >= 0 else 128 - code  # as a shell has it
 
 
 def open_metrics(folder):
@@ -541,6 +554,7 @@ def open_metrics(folder):
     Nothing may open the file again in this process: to close it would free the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # latin-1: `cut_metrics` counts characters, and needs bytes.
     file = open(folder / "metrics.jsonl", "a+", buffering=1, encoding="latin-1")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `flock` would live on in readers
@@ -564,7 +578,7 @@ def cut_metrics(file, last_step):
         if not is_kept or not line.endswith("\n"):
             break
         size += len(line)
-        is_validated |= record["step"] == last_step and "val_loss" in record
+        is_validated |= record["step"] == last_step and "images" in record
     file.truncate(size)
     return is_validated
 
@@ -597,7 +611,7 @@ def main(args):
     images = 0 if args.eval_only else len(train.targets)
     per_epoch = images // batch_size
     require(per_epoch or args.eval_only, f"a batch of {batch_size} is more than {images} images")
-    steps = args.steps or (args.epochs or 0) * per_epoch or 200
+    steps = args.epochs * per_epoch if args.epochs else args.steps or 200
     flags = {name: value for name, value in vars(args).items() if name != "resume"}
     alike = {name: value for name, value in flags.items() if not isinstance(value, Path)}
     alike.update(device=dist.device_type, classes=val.classes)
@@ -612,7 +626,7 @@ def main(args):
         smoothing = dict(label_smoothing=args.label_smoothing, num_classes=num_classes)
         mixup = Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
     flow.manual_seed(args.seed)  # of the initial weights
-    rates = {name: rate for name, rate in flags.items() if name.endswith("_rate")}
+    rates = {name: flags[name] for name in ("drop_rate", "attn_drop_rate", "drop_path_rate")}
     model = VisionTransformer(**sizes, **rates, loss_func=loss_func)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"{draw_mesh(dist)}\n{parameters:,} parameters, {batch_size} images a step, {steps} steps")
@@ -620,9 +634,11 @@ def main(args):
     size, what = (4, "weights") if args.eval_only else (12, "weights and Adam's states")
     say(f"the fullest process holds {size * held:,} bytes of {what}")
     say(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
-    left_out = sum((getattr(split, "left_out", Counter()) for split in {train, val}), Counter())
-    if left_out:
-        say("left out: " + ", ".join(f"{n} {name}" for name, n in left_out.most_common(9)))
+    for split in dict.fromkeys((train, val)):  # one if both are the same
+        for name, n in getattr(split, "left_out", Counter()).most_common(9):
+            say(f"left out of {split.root}: {n} {name}")
+    if args.data and not args.output_dir and not args.eval_only:
+        say("nothing is saved, since there is no --output-dir")
 
     # the folder of this run, and weights from a file
     metrics = open_metrics(args.output_dir) if args.output_dir and dist.rank == 0 else None
@@ -633,23 +649,26 @@ def main(args):
     cure = "--resume goes on from it, or take another --output-dir"
     require(may_write, f"{checkpoint} exists: {cure}")
     run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
-    run.update(classes=list(map(str, val.classes)), flags=dict(flags, images=images))
+    run.update(classes=list(map(str, val.classes)), flags=flags)
     if args.eval_only:
         step = load_initial_weights(model, args.init_from, run, args)
         return report(metrics, dict(step=step, **evaluate(model, val, args)), left="")
+    flags["images"] = images  # a change of it is told
     trainer, first_step = Trainer(model, args, steps), 0
     if is_saved:
         first_step = load_checkpoint(trainer, checkpoint, run)
     elif args.init_from:
         load_initial_weights(model, args.init_from, run, args)
-    is_validated = metrics and cut_metrics(metrics, first_step if is_saved else -1)
+    is_validated = False
+    if metrics:
+        is_validated = cut_metrics(metrics, first_step if is_saved else -1)
 
     def validate_if_due(step):
         if step == steps or args.eval_every and step % args.eval_every == 0:
             record = dict(step=step, **evaluate(model, val, args), epoch=round(step / per_epoch, 2))
             report(metrics, record, left="")
 
-    if is_saved and not of_rank_0(bool(is_validated)):
+    if is_saved and not of_rank_0(is_validated):
         validate_if_due(first_step)  # a kill can have come between a checkpoint and its validation
 
     # the loop

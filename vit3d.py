@@ -10,14 +10,14 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
 placement: the engine finds the communication for it (all-reduce, all-gather, send). In the backward
-pass the gradient is moved, too. It goes back to the placement of the input. Its sbp becomes
-`grad_sbp`; if none is given, it keeps the sbp in which it arrives.
+pass the gradient goes back to the placement of the input. It gets the sbp `grad_sbp`, or keeps its
+own if none is given.
 `to_global` on a local tensor declares: this is my part of a global tensor. Along an axis that is B
 the engine sends the first process's tensor to the others.
 
 Arguments have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
 entry for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry:
-its stages are placements on other processes. Every process runs the whole program; outside an
+each stage has a placement of its own. Every process runs the whole program; outside an
 operator's placement it computes nothing.
 
 Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called "the
@@ -44,7 +44,8 @@ def prepare_for_oneflow():
     # The engine's search for detours between two sbp aborts on micro-batches of one image.
     set_default("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
     if not os.path.exists("/dev/nvidiactl"):  # there is no GPU
-        set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")  # eager 2x2x2: 0.6 s, not 1.7
+        # An eager step on 2x2x2 takes 0.6 s, not 1.7.
+        set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
         set_default("GLOG_minloglevel", "3")  # no lines on GPUs that are not there
     # OpenBLAS knows by name no processor that is newer than itself, so it is told what to use. It
     # has one thread: the engine computes products that do not wait for each other on its own.
@@ -53,9 +54,8 @@ def prepare_for_oneflow():
     if "avx2" in cpu_flags:
         set_default("OPENBLAS_CORETYPE", "SkylakeX" if "avx512dq" in cpu_flags else "Haswell")
     set_default("OPENBLAS_NUM_THREADS", "1")
-    # An OpenBLAS that is loaded first takes the place of the engine's own. That one stops at AVX2,
-    # and it leaves the processor in a state in which loops such as GELU's take two to three times
-    # as long.
+    # An OpenBLAS that is loaded first takes the place of the engine's own, which stops at AVX2 and
+    # leaves the processor in a state in which loops such as GELU's take two to three times as long.
     for folder in sys.path:
         with contextlib.suppress(OSError):
             library = f"{folder}/scipy_openblas32/lib/libopenblas_python.so"
@@ -70,7 +70,7 @@ def wait_for_rank_0(seconds=60):
     """
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     rank, world_size, address, port = map(os.environ.get, names)
-    if None in (rank, world_size, address, port) or int(rank) < 1:  # the engine itself sets -1
+    if None in (rank, world_size, address, port) or int(rank) < 1:  # the engine sets -1
         return
     if "oneflow" in sys.modules:  # it has met rank 0, which listens no more
         return
@@ -151,7 +151,7 @@ class Dist:
         require(p == 1 or layers >= p, f"pipeline_num_layers {layers} is below the {p} stages")
         # 6 layers over 4 stages are 1, 1, 2, 2. The larger shares come last: a later stage keeps
         # the activations of fewer micro-batches.
-        sizes = [(layers + stage) // p for stage in range(p)]
+        sizes = [len(share) for share in np.array_split(range(layers), p)][::-1]
         self.layer_stage_ids = [stage for stage, size in enumerate(sizes) for _ in range(size)]
         self.no_cuda = why_not_cuda(self.world_size // flow.env.get_node_size())
         self.device_type = device_type or ("cpu" if self.no_cuda else "cuda")
@@ -219,7 +219,7 @@ def distribute(tensor, placement, sbp):
 
     So a weight that all ranks draw alike is the same on every mesh, however it is split.
     """
-    # The first move declares it as B (the engine sends it anyway), the second cuts it.
+    # The first move says that all ranks have it, the second cuts it. (The engine sends it anyway.)
     tensor = tensor.to_global(placement=placement, sbp=[B] * len(sbp))
     return tensor.to_global(sbp=sbp)
 
@@ -271,7 +271,7 @@ class Layer(nn.Module):
 
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x, (..., c)."""
-    if x.placement.type == "cuda":  # was not run
+    if x.placement.type == "cuda":  # nobody has run this line yet
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
     # On the CPU the engine has no layer_norm kernel. Averages and spreading are matrix products,
     # since adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
@@ -308,9 +308,10 @@ class Linear(Layer):
         super().__init__(layer_idx)
         weight_sbp = {"data": B, "col": S(0), "row": S(1)}
         require(parallel in weight_sbp, f"parallel {parallel!r} must be 'data', 'col' or 'row'")
-        split = {"data": 0, "col": out_features, "row": in_features}[parallel]
+        features = {"data": 0, "col": out_features, "row": in_features}[parallel]
         ranks = dist.tensor_parallel_size
-        require(split % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {split} features")
+        error_message = f"{ranks} tensor-parallel ranks do not divide {features} features"
+        require(features % ranks == 0, error_message)
         self.parallel = parallel
         self.weight_sbp = weight_sbp[parallel]
         self.bias_sbp = S(0) if parallel == "col" else B
@@ -323,16 +324,16 @@ class Linear(Layer):
         full, hidden = dist.get_nd_sbp([S(0), B]), dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         # What x and y are, and what their gradients are. The gradient of a "col" Linear's x comes
-        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter.
+        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter. If
+        # the gradient of y came in another sbp than the product has, the engine would move W for
+        # dx = dy W, and it aborts on moving a parameter (see `gather`).
         x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
             "data": (full, full, full, full),
             "col": (full, hidden, split, split),
             "row": (split, split, hidden, full),
         }[self.parallel]
         x = x.to_global(sbp=x_sbp, grad_sbp=x_grad_sbp)
-        y = flow.matmul(x, self.gather(self.weight, self.weight_sbp), transpose_b=True)
-        # If the gradient of y came in another sbp than the product has, the engine would move W
-        # for dx = dy W, and it aborts on moving a parameter (see `gather`).
+        y = flow.matmul(x, self.gather(self.weight, self.weight_sbp), transpose_b=True)  # x W^T
         y = y.to_global(sbp=y_sbp, grad_sbp=y_grad_sbp)
         return y if self.bias is None else y + self.gather(self.bias, self.bias_sbp)
 
@@ -367,7 +368,7 @@ class Dropout(nn.Module):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
-        self.layer_idx = layer_idx  # only given outside the blocks; inside, the block's applies
+        self.layer_idx = layer_idx  # for `set_pipeline_stage_id`; None: that of the block around
 
     def mask_shape(self, x):
         return x.shape
@@ -397,7 +398,6 @@ class PatchEmbedding(Layer):
     """Images (b, in_chans, h, w) -> (b, patches, embed_dim), patches = h w / patch_size^2.
 
     `img_size` is (h, w), or one number for both.
-
     A convolution whose stride is its size; its weight has a convolution's shape, (embed_dim,
     in_chans, patch_size, patch_size), and initial values. Raises UsageError if patch_size does not
     divide img_size, or for images of another size. Source: the paper, section 3.1.
@@ -555,7 +555,8 @@ class VisionTransformer(Layer):
         require(tokens >= ranks, f"sequence_parallel: {tokens} tokens are fewer than {ranks} ranks")
         cls_token = nn.init.normal_(flow.empty(1, 1, embed_dim), std=0.02)
         pos_embed = nn.init.normal_(flow.empty(1, tokens, embed_dim), std=0.02)
-        self.cls_token, self.pos_embed = map(self.new_parameter, (cls_token, pos_embed))
+        self.cls_token = self.new_parameter(cls_token)
+        self.pos_embed = self.new_parameter(pos_embed)
         self.pos_drop = Dropout(drop_rate, layer_idx=0)
         self.blocks = nn.Sequential()
         for i, drop_path_prob in enumerate(np.linspace(0, drop_path_rate, depth).tolist()):
@@ -578,7 +579,7 @@ class VisionTransformer(Layer):
         """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1)
-        # [B, B] -> [S(0), B]: a slice. Its gradient stays so; summed over images it is [P, B].
+        # [B, B] -> [S(0), B]: a slice. Its gradient stays [S(0), B]; `expand` sums it to [P, B].
         cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
@@ -719,8 +720,7 @@ def set_pipeline_stage_id(model):
 
     With stage ids the engine moves the input of each module to its stage. It also puts buffers
     between the stages, for what the backward pass will need. So a stage can begin a micro-batch
-    before the one ahead of it has come back: 1F1B. Nobody writes a schedule. A stage computes what
-    has arrived, as long as its buffers have room.
+    before the one ahead of it has come back: 1F1B.
     """
     # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
     # `to(nn.graph.GraphModule)` what the compiler keeps of it. The engine moves all inputs of a
@@ -729,8 +729,9 @@ def set_pipeline_stage_id(model):
     for module in model.modules():
         layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
         if layer_idx is not None and module is not model:
-            stage = dist.get_layer_stage_id(layer_idx), dist.get_layer_placement(layer_idx)
-            module.to(nn.graph.GraphModule).set_stage(*stage)
+            stage_id = dist.get_layer_stage_id(layer_idx)
+            placement = dist.get_layer_placement(layer_idx)
+            module.to(nn.graph.GraphModule).set_stage(stage_id, placement)
     for parameter in model.parameters():
         placement = parameter.to(flow.Tensor).placement
         _, _, stage_id = dist.get_coordinates(placement.ranks.flat[0])
