@@ -1029,6 +1029,7 @@ def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags
     assert run.returncode == 2, run.stderr
     assert len(re.findall(f"^train.py: .*{message}", run.stderr, re.M)) == 1, run.stderr
     assert "Traceback" not in run.stderr and "UsageError" not in run.stderr
+    assert ("parameters" in run.stdout) == ("--num-heads" not in flags)  # what was printed is there
 
 
 LAUNCH = "-m", "oneflow.distributed.launch", "--nproc_per_node"
@@ -1193,6 +1194,27 @@ def test_a_second_run_in_a_folder_is_told(tmp_path):
     assert f"train.py: another run writes to --output-dir {tmp_path}/out" in second.stderr
 
 
+def test_a_lock_ends_with_its_process_and_a_folder_may_have_none(tmp_path, capsys):
+    program = """if True:
+        import os, sys, time, train
+        from pathlib import Path
+        file = train.open_metrics(Path(sys.argv[1]))
+        reader = os.fork()
+        if reader == 0:
+            time.sleep(60)
+        Path("reader").write_text(str(reader))
+        os._exit(0)
+    """
+    environment = {**CLEAN, "PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, "-c", program, tmp_path], cwd=tmp_path, env=environment)
+    reader = int((tmp_path / "reader").read_text())
+    train.open_metrics(tmp_path).close()  # the reader lives on, and does not hold the lock
+    os.kill(reader, signal.SIGKILL)
+    with mock.patch.object(train.fcntl, "lockf", side_effect=OSError("No locks available")):
+        train.open_metrics(tmp_path).close()
+    assert f"{tmp_path} knows no locks" in capsys.readouterr().out
+
+
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     make_folder(tmp_path / "images", dict(train=16, val=2))
     flags = [*TINY, "--depth", 1, "--data", tmp_path / "images", "--workers", 1]
@@ -1222,6 +1244,8 @@ def test_a_pipeline_that_ended_goes_on_as_a_tensor_axis_and_is_validated_as_eith
     with pytest.raises(KeyboardInterrupt):
         run_main(*flags, *pipeline, stop_after=3)
     losses, validation = run_main(*flags, *tensor, "--resume").losses, Trainer.validations
+    run_main(*flags, *tensor, "--resume")
+    assert Trainer.validations == []  # rank 1 hears from rank 0 that it is done
     at_once = run_main(*flags[:-2], *tensor, "--eager").losses
     np.testing.assert_allclose(losses, at_once[2:], atol=1e-5)  # of steps 3 and 4
     checkpoint = FOLDER / "pipeline/checkpoint.npz"
@@ -1254,16 +1278,19 @@ def test_what_the_system_refuses_is_told_in_one_sentence(tmp_path, flags, end, m
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("epoch, saved_at", [(64, [100, 104]), (102, [102, 104])])
+@pytest.mark.parametrize("epoch, saved_at, flags", [
+    (64, [100, 104], ""), (102, [102, 104], ""), (102, [70, 104], "--save-every 70"),
+])  # fmt: skip
 def test_it_is_saved_after_each_epoch_of_at_least_100_steps_and_at_the_end(
-    tmp_path, epoch, saved_at
+    tmp_path, epoch, saved_at, flags
 ):
     class FewImages(train.SyntheticImages):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.targets = self.targets[: 2 * epoch]
 
-    flags = [*TINY, "--depth", 1, "--eager", "--steps", 104, "--micro-batch-size", 2]
+    flags = [*TINY, *flags.split(), "--depth", 1, "--eager", "--steps", 104]
+    flags += ["--micro-batch-size", 2]
     with mock.patch.multiple(train, SyntheticImages=FewImages, save_checkpoint=mock.DEFAULT) as spy:
         run_main(*flags, "--output-dir", tmp_path)
     saves = spy["save_checkpoint"].call_args_list
@@ -1293,12 +1320,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path)
     assert (tmp_path / "checkpoint.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize("last_step, kept", [(3, 3), (4, 5), (-1, 0)])
+UNREADABLE = ['{"st\xff\n', "{}\n", "5\n", '{"step": 4, "loss": 1.0}']  # the last one has no end
+
+
+@pytest.mark.parametrize("last_step, kept, line", [
+    (3, 3, UNREADABLE[0]), (-1, 0, UNREADABLE[0]), *((4, 5, line) for line in UNREADABLE)
+])  # fmt: skip
 def test_metrics_are_cut_behind_the_checkpoint_and_where_they_cannot_be_read(
-    tmp_path, last_step, kept
+    tmp_path, last_step, kept, line
 ):
     lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 5)]
-    lines += ['{"step": 4, "images": 9}\n', '{"st\xff\n', '{"step": 4, "loss": 1.0}\n']
+    lines += ['{"step": 4, "images": 9}\n', line]
     (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="latin-1")
     file = train.open_metrics(tmp_path)
     assert train.cut_metrics(file, last_step) == (kept == 5)  # is the last step validated?
@@ -1450,6 +1482,8 @@ def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp
 def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_checkpoint(tmp_path):
     make_folder(tmp_path, dict(train=4, val=1))
     image, lines = tmp_path / "val/class0/0.png", tmp_path / "run/metrics.jsonl"
+    lines.parent.mkdir()
+    lines.write_text('{"step": 0, "images": 3}\n')  # of a run that saved nothing
     flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 6, "--steps", 6]
     flags += ["--eager", "--eval-every", 5, "--save-every", 2, "--resume", "--output-dir"]
     pixels = image.read_bytes()
@@ -1489,6 +1523,15 @@ def test_ranks_that_differ_are_told_in_what(mesh):
     for split in ("train", "val"):
         (root / split / "class1").rename(root / split / f"named-{dist.rank}")
     differ("classes, files")
+
+    class Rolled(train.SyntheticImages):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.targets = np.roll(self.targets, dist.rank)
+
+    flags = [*TINY, "--data-parallel", 2]
+    with mock.patch.object(train, "SyntheticImages", Rolled):
+        differ("targets")
 
 
 # 9. A model of your own ---------------------------------------------------------------------------

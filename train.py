@@ -369,7 +369,6 @@ def save_checkpoint(trainer, record, path):
         unfinished = path.with_name("unfinished.npz")
         with open(unfinished, "wb") as file:
             np.savez(file, **arrays)
-            file.flush()
             os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
         unfinished.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
