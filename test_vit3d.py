@@ -46,6 +46,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite runs on the CPU, whatever the machine has
+os.environ.pop("PYTHONUNBUFFERED", None)  # it hides output that a process loses at its end
 CLEAN = dict(os.environ)  # for commands: without what vit3d and the engine set below
 
 import vit3d  # before all that imports the engine: it prepares it
