@@ -1121,7 +1121,8 @@ def run_program(folder, program, *arguments, processes=1):
     shutil.copy(HERE / "vit3d.py", folder)
     launch = [*LAUNCH, str(processes), "--master_port", free_port()] if processes > 1 else []
     command = [sys.executable, *launch, "yours.py", *map(str, arguments)]
-    run = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True)
+    environment = {**CLEAN, "OMP_NUM_THREADS": "1"}  # or the launcher prints that it sets it
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout.splitlines()
 
