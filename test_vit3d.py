@@ -782,6 +782,10 @@ def test_what_a_system_puts_into_folders_is_left_out_and_counted(tmp_path, capsy
     run_main(*TINY, "--data", tmp_path, "--steps", 1, "--eager", "--micro-batch-size", 10)
     out = capsys.readouterr().out
     assert f"left out of {tmp_path}/train: 5 .png" in out and "nothing is saved" in out
+    below = tmp_path / ".cache/@x"  # names above DIR do not count
+    make_folder(below, dict(val=1))
+    images = train.FolderImages("val", 16, train.parse_arguments(["--data", str(below)]))
+    assert len(images.samples) == 3
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "1", "LA"])
@@ -1034,6 +1038,7 @@ MISTAKES = {
     "--init-from ARRAY.npz": "ARRAY.npz must be a whole",
     "--init-from OBJECTS.npz": "OBJECTS.npz must be a whole .*: Object arrays cannot be loaded",
     "--init-from OTHERS.safetensors": "neither our names nor timm's, as in vit.embedd",
+    "--warmup-steps -1": "--warmup-steps: -1 must be finite, from 0",
     "--steps 9 --epochs 9": "--steps and --epochs: give one of them",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
@@ -1100,6 +1105,15 @@ def test_under_another_launcher_a_run_does_not_start_its_processes_again():
     words = [line.split()[0] for line in lines]
     assert words == ["data", "stage", "27,946", "the", "images:", "step", "step", "step"]
     assert "holds 335,352 bytes of weights and Adam's states" in lines[3]
+
+
+def test_ranks_see_no_proxy_and_know_that_they_have_one_core(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("http_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    program = "import os, sys; e = os.environ; sys.exit(any('_proxy' in k.lower() for k in e)"
+    program += " or e['OMP_NUM_THREADS'] != '1' or (e['RANK'], e['WORLD_SIZE']) != ('0', '1'))"
+    assert train.launch(1, [sys.executable, "-c", program]) == 0
 
 
 def test_tasks_that_were_started_together_and_not_told_their_ranks_are_refused():
@@ -1362,12 +1376,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path)
             assert len(np.load(tmp_path / done[-1])) > 20  # all of it is written
             assert (tmp_path / "checkpoint.npz").read_text() == "the one before"
 
+    def replace(path, target):  # the one before is there until the new one takes its name
+        assert Path(target).read_text() == "the one before"
+        done.append(f"{path.name} replaces {target.name}")
+        os.replace(path, target)
+
     (tmp_path / "unfinished.npz").write_text("left by a kill")
     (tmp_path / "checkpoint.npz").write_text("the one before")
     trainer = train.Trainer(small_model(), train.parse_arguments(["--eager"]), 9)
-    with mock.patch.object(os, "fsync", fsync):
+    with mock.patch.object(os, "fsync", fsync), mock.patch.object(Path, "replace", replace):
         train.save_checkpoint(trainer, {}, tmp_path / "checkpoint.npz")
-    assert done == ["unfinished.npz", tmp_path.name]
+    assert done == ["unfinished.npz", "unfinished.npz replaces checkpoint.npz", tmp_path.name]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.npz"]
     before = (tmp_path / "checkpoint.npz").read_bytes()
     trainer.model.head.bias.data.copy_(trainer.model.head.bias * math.inf)  # 0 * inf is nan
