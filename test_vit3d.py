@@ -637,7 +637,8 @@ def small_model(mesh=(1, 1, 1), spread=0.0, **options):
     """A model with noise on all weights, as zeros hide much."""
     dist.setup(*mesh, SIZES["depth"])
     flow.manual_seed(0)
-    model, rng = VisionTransformer(**SIZES, num_classes=10, **options), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    model = VisionTransformer(num_classes=10, **{**SIZES, **options})
     weights = full_weights(model).items()
     load_weights(model, {k: w + rng.normal(0, spread, w.shape) for k, w in weights})
     return model
@@ -653,7 +654,7 @@ def test_each_step_is_adamw_in_numpy_at_the_rate_of_warm_up_then_cosine(mode, cl
     """The low limit brings gradients down to Adam's eps; else eps is raised to their size."""
     flags = f"--lr 0.01 --weight-decay 0.5 --clip-grad {clip} --accumulation-steps {parts} {mode}"
     flags += f" --warmup-steps {warmup}" if warmup != 2 else ""  # a tenth
-    model, twin = small_model(spread=0.1), small_model(spread=0.1)
+    model, twin = (small_model(spread=0.1, depth=1) for _ in range(2))
     trainer = train.Trainer(model, train.parse_arguments(flags.split()), 20)
     eps = 1e-8 if clip == 1e-6 else 1e-2
     for group in trainer.optimizer.param_groups:
@@ -1075,8 +1076,8 @@ def test_a_mistake_is_told_in_one_sentence(bad_folders, flags):
 
 @pytest.mark.parametrize("flags, message", [
     ("--tensor-parallel 2 --num-heads 5 --embed-dim 60", "2 tensor-parallel ranks do not divide 5"),
-    ("--data BROKEN --micro-batch-size 1 --data-parallel 2", "a/1.png cannot be read as an image"),
-    ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9", "loss (nan|inf) at step .: lower --lr"),
+    ("--data BROKEN --micro-batch-size 1 --data-parallel 2 --eager", "a/1.png cannot be read"),
+    ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9 --eager", "loss (nan|inf) at .*: lower --lr"),
 ])  # fmt: skip
 def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags, message):
     run = train_py(*re.sub("([A-Z]{3,})", rf"{bad_folders}/\1", flags).split())
