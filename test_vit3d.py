@@ -1077,7 +1077,7 @@ def test_a_mistake_is_told_in_one_sentence(bad_folders, flags):
 @pytest.mark.parametrize("flags, message", [
     ("--tensor-parallel 2 --num-heads 5 --embed-dim 60", "2 tensor-parallel ranks do not divide 5"),
     ("--data BROKEN --micro-batch-size 1 --data-parallel 2 --eager", "a/1.png cannot be read"),
-    ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 9 --eager", "loss (nan|inf) at .*lower --lr"),
+    ("--lr 1e30 --clip-grad 0 --warmup-steps 0 --steps 5 --eager", "loss (nan|inf) .*lower --lr"),
 ])  # fmt: skip
 def test_a_mistake_ends_all_with_one_sentence_and_exit_code_2(bad_folders, flags, message):
     run = train_py(*re.sub("([A-Z]{3,})", rf"{bad_folders}/\1", flags).split())
