@@ -560,7 +560,7 @@ def open_metrics(folder):
     except BlockingIOError:
         raise UsageError(f"another run writes to --output-dir {folder}") from None
     except OSError as error:
-        print(f"{folder} knows no locks, so nothing keeps a second run away: {error}")
+        say(f"{folder} knows no locks, so nothing keeps a second run away: {error}")
     return file
 
 
@@ -652,7 +652,7 @@ def main(args):
     if args.eval_only:
         step = load_initial_weights(model, args.init_from, run, args)
         return report(metrics, dict(step=step, **evaluate(model, val, args)), left="")
-    flags["images"] = images  # a change of it is told
+    run["flags"]["images"] = images  # a change of it is told
     trainer, first_step = Trainer(model, args, steps), 0
     if is_saved:
         first_step = load_checkpoint(trainer, checkpoint, run)
@@ -681,15 +681,15 @@ def main(args):
         loss, lr = trainer.step(*batch)
         require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
         now = time.perf_counter()
-        images_per_s = round(batch_size / (now - start), 1)
         record = dict(step=step, loss=loss, lr=lr, epoch=round(step / per_epoch, 2))
+        record["images_per_s"] = round(batch_size / (now - start), 1)
         left = None
         if step == first_step + 1:
             after_first_step, left = now, ""
         elif step % min(max(steps // 20, 1), 100) == 0:
             seconds = (now - after_first_step) / (step - first_step - 1) * (steps - step)
             left = f"  left {timedelta(seconds=int(seconds))}"
-        report(metrics, dict(record, images_per_s=images_per_s), left)
+        report(metrics, record, left)
         if args.output_dir and (step == steps or step % save_every == 0):
             save_checkpoint(trainer, dict(run, step=step), checkpoint)
         validate_if_due(step)
