@@ -62,8 +62,7 @@ import train
 from vit3d import (
     MODELS, B, Dropout, Layer, Linear, MultiheadAttention, P, PatchEmbedding, S,
     TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, distribute, draw_mesh,
-    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, weights_held,
-    why_not_cuda,
+    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
 )  # fmt: skip
 
 # flowvision's create_transform gives its own Resize an argument that Resize warns about.
@@ -232,7 +231,10 @@ class Trainer(train.Trainer):
         return loss, lr
 
 
-def run_main(*flags, stop_after=None, model=VisionTransformer, trainer=Trainer):
+def run_main(
+    *flags, stop_after=None, model=VisionTransformer, trainer=Trainer, data_set=None,
+    score=train.score,
+):
     """Run train.py's `main` here, with the Trainer above; return that trainer.
 
     `stop_after`: the step after which this process is interrupted, before it would do the next.
@@ -245,8 +247,9 @@ def run_main(*flags, stop_after=None, model=VisionTransformer, trainer=Trainer):
 
     evaluate_of_train, Trainer.validations = train.evaluate, []
     Trainer.stop_after = stop_after
-    with mock.patch.multiple(train, VisionTransformer=model, Trainer=trainer, evaluate=evaluate):
-        train.main(train.parse_arguments(list(map(str, flags))))
+    args = train.parse_arguments(list(map(str, flags)), data_set is not None)
+    with mock.patch.object(train, "evaluate", evaluate):
+        train.main(args, model, trainer, data_set, score)
     return Trainer.last
 
 
@@ -260,8 +263,10 @@ def train_steps(mesh, on, mode, micro_batches, depth, **own):
     flags += ["--accumulation-steps", micro_batches]
     flags += ["--micro-batch-size", 16 // mesh[0] // micro_batches]
     flags += ON[on].split()  # of a flag that is given twice, the last counts
-    if mode == "eager":
-        flags = [flag for flag in flags if flag != "--activation-checkpoint"] + ["--eager"]
+    flags += ["--eager"] if mode == "eager" else []
+    useless = {"--activation-checkpoint": mode == "eager"}  # such flags are refused
+    useless.update({"--shard-params": mesh[0] == 1, "--sequence-parallel": mesh[1] == 1})
+    flags = [flag for flag in flags if not useless.get(flag)]
     trainer = run_main(*flags, **own)
     weights = {name: full_array(weight) for name, weight in trainer.model.named_parameters()}
     validation = np.array(Trainer.validations)
@@ -333,7 +338,7 @@ def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on
         formula = bytes_by_formula(mesh, parts, depth, *flags)
         assert moved == formula, (moved, formula)
         sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=depth, num_classes=16)
-        stages = weights_held(mesh, flags[0], **sizes)
+        stages = weights_by_formula(mesh, flags[0], **sizes)
         stage_ids = [dist.get_coordinates(rank)[2] for rank in range(dist.world_size)]
         formula = [12 * sum(stages[stage_id]) for stage_id in stage_ids]
         assert weights == formula, (weights, formula)
@@ -442,6 +447,40 @@ def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
         else:  # in each step one all-reduce over the replicas
             moved["data"] += 2 * (d - 1) * size * copies
     return moved
+
+
+def weights_by_formula(
+    mesh, shard_params=False, img_size=224, patch_size=16, in_chans=3, embed_dim=192, depth=12,
+    mlp_ratio=4.0, num_classes=1000, **others,
+):
+    """How many elements of each weight a rank holds: a list for each stage of the pipeline.
+
+    `mesh` is (data, tensor, pipeline), the rest are arguments of `VisionTransformer`. With Adam's
+    two states an element takes 12 bytes. A formula: it looks at no model and starts no process.
+    """
+    d, t, p = mesh
+    c = embed_dim
+    inner = int(embed_dim * mlp_ratio)
+    height, width = np.broadcast_to(img_size, 2).tolist()
+    tokens = (height // patch_size) * (width // patch_size) + 1
+    # (shape, the dimension that the tensor axis splits), in the order of the model
+    norm = [((c,), None), ((c,), None)]
+    attention = [((3 * c, c), 0), ((3 * c,), 0), ((c, c), 1), ((c,), None)]
+    mlp = [((inner, c), 0), ((inner,), 0), ((c, inner), 1), ((c,), None)]
+    block = norm + attention + norm + mlp
+    embedding = [((c, in_chans, patch_size, patch_size), None), ((c,), None)]
+    embedding += [((1, 1, c), None), ((1, tokens, c), None)]
+    head = [((num_classes, c), None), ((num_classes,), None)]
+
+    def elements(shape, split):
+        whole = math.prod(shape) // (1 if split is None else t)
+        free = [n for i, n in enumerate(shape) if i != split]  # that the replicas can share
+        return whole // d if shard_params and any(n % d == 0 for n in free) else whole
+
+    stages = [(depth + stage) // p * block for stage in range(p)]
+    stages[0] = embedding + stages[0]
+    stages[-1] = stages[-1] + norm + head
+    return [[elements(*weight) for weight in stage] for stage in stages]
 
 
 # 4. Which rank holds what -------------------------------------------------------------------------
@@ -583,7 +622,8 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
     assert np.allclose(grid[4, 0, 0], cubic @ [0, 1, 4, 9])
     assert np.array_equal(full_array(large.pos_embed)[0, 0], state["pos_embed"][0, 0])
     state["blocks.0.attn.odd"] = state.pop("norm.bias")
-    with pytest.raises(UsageError, match="odd is not in the model; .*norm.bias is missing"):
+    message = r"odd is \(8,\) and must be left out; .*norm.bias is missing"
+    with pytest.raises(UsageError, match=message):
         load_timm_state_dict(small, state)
 
 
@@ -954,11 +994,14 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
         (0, np.ones(10), [np.log(10), 3 / 23, 13 / 23, 23]),  # right are class 0, classes 0 to 4
         (1, np.where(np.arange(10) == 3, np.nan, 0), [np.nan, 0, 0, 23]),
     ):
-        load_weights(model, {**w, "head.weight": scale * w["head.weight"], "head.bias": bias})
-        got = train.evaluate(model.train(), images, args)
+        load_weights(model, {**w, "head.weight": scale * w["head.weight"]})
+        head = model.head.bias  # `load_weights` refuses what is not finite
+        bias = distribute(flow.tensor(bias.astype("f4")), head.placement, head.sbp)
+        head.data.copy_(bias)
+        got = train.evaluate(model.train(), images, args, train.score)
         assert list(got.values()) == pytest.approx(want, nan_ok=True) and model.training
-    with mock.patch.object(train, "score", lambda logits, targets: dict(mean_label=targets)):
-        assert train.evaluate(model, images, args) == dict(mean_label=labels.mean(), images=23)
+    means = train.evaluate(model, images, args, lambda logits, targets: dict(mean_label=targets))
+    assert means == dict(mean_label=labels.mean(), images=23)
 
 
 def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
@@ -996,8 +1039,8 @@ def train_py(*flags, before=(), **environment):
     return run
 
 
-def metrics(folder):
-    return list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+def metrics(folder, name="metrics.jsonl"):
+    return list(map(json.loads, (folder / name).read_text().splitlines()))
 
 
 def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figures(tmp_path):
@@ -1014,8 +1057,14 @@ def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figure
 
 
 MISTAKES = {
-    "--resume": "--resume needs --output-dir",
-    "--eval-only": "--eval-only needs --init-from",
+    "--resume": "--resume: needs --output-dir",
+    "--eval-only": "--eval-only: needs --init-from",
+    "--mean 0.5 0.5 0.5 --workers 4 --no-augment": "--no-augment, --mean, --workers: needs --data",
+    "--data FEW --no-augment --random-erasing 0.1": "--random-erasing: needs augmentation, so no",
+    "--save-every 9": "--save-every: needs --output-dir",
+    "--shard-params --sequence-parallel": "--shard-params: needs --data-parallel 2 or more",
+    "--sequence-parallel": "--sequence-parallel: needs --tensor-parallel 2 or more",
+    "--mean 123.675 116.28 103.53": "--mean: 123.675 must be finite, from 0 to 1",
     "--micro-batch-size -1": "--micro-batch-size: -1 must be finite, from 1 to inf",
     "--lr nan": "--lr: nan must be finite, from 0 to inf",
     "--lr inf": "--lr: inf must be finite",
@@ -1028,13 +1077,13 @@ MISTAKES = {
     "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size must be even",
     "--random-erasing 1.1": "--random-erasing: 1.1 must be finite, from 0 to 1",
     "--label-smoothing 2": "--label-smoothing: 2 must be finite, from 0 to 1",
-    "--eager --activation-checkpoint": "--activation-checkpoint: not --eager",
-    "--data NOWHERE": "NOWHERE/val, .*No such file or directory: .*NOWHERE/val",
-    "--data BARE": "BARE/val, .*Found no valid file for the classes a",
+    "--eager --activation-checkpoint": "--activation-checkpoint: needs a graph, so no --eager",
+    "--data NOWHERE": "NOWHERE/val: .*No such file or directory: .*NOWHERE/val",
+    "--data BARE": "BARE/val: no image in a",
     "--data HIDDEN": "HIDDEN/val: no image in a",
     "--data DEEP": r"DEEP/val/CLASS/\* must be two classes or more, not \['images'\]",
-    "--data ODD": "--data .*ODD: train and val have other classes",
-    "--data FEW --num-classes 1": "--num-classes: below 2 folders",
+    "--data ODD": "train and val have other classes: c",
+    "--data FEW --num-classes 1": "--num-classes 1 is below 2 classes",
     "--data FEW --rand-augment wild": "--rand-augment wild: Unknown AA policy",
     "--data FEW": "a batch of 32 is more than 4 images",
     "--init-from NOWHERE.pth": "NOWHERE.pth must be a whole .npz or .safetensors file: '.pth'",
@@ -1167,7 +1216,7 @@ class ImagesOfOnesOwn(train.Dataset):
 
 
 def test_all_data_sets_but_the_synthetic_one_are_read_in_other_processes():
-    args = train.parse_arguments(["--workers", "1"])
+    args = train.parse_arguments(["--workers", "1"], has_own_data=True)
     keys = [[(0, i) for i in range(16)]]
     flow.manual_seed(5)
     want = flow.rand(3).numpy()
@@ -1230,9 +1279,9 @@ def test_the_readmes_table_of_defaults_is_what_train_py_does():
     for flag, text in shown.items():
         value = args[flag.replace("-", "_")]
         assert text.split() == [str(v) for v in (value if isinstance(value, list) else [value])]
-    on = {name.replace("_", "-") for name, value in args.items() if value and value is not True}
-    assert on == {*shown, "layer-norm-eps", "data-parallel", "tensor-parallel", "pipeline-parallel",
-                  "workers"}  # fmt: skip
+    on = {name for name, value in args.items() if value and value is not True}
+    on = {name.replace("_", "-") for name in on - {*train.SIZES}}
+    assert on == {*shown, "data-parallel", "tensor-parallel", "pipeline-parallel", "workers"}
 
 
 # 8. Ends and checkpoints --------------------------------------------------------------------------
@@ -1275,7 +1324,7 @@ def test_a_lock_ends_with_its_process_and_a_folder_may_have_none(tmp_path, capsy
     program = """if True:
         import os, sys, time, train
         from pathlib import Path
-        file = train.open_metrics(Path(sys.argv[1]))
+        log = train.Log(train.parse_arguments(["--output-dir", sys.argv[1]]))
         reader = os.fork()
         if reader == 0:
             time.sleep(60)
@@ -1285,11 +1334,12 @@ def test_a_lock_ends_with_its_process_and_a_folder_may_have_none(tmp_path, capsy
     environment = {**CLEAN, "PYTHONPATH": str(HERE)}
     subprocess.run([sys.executable, "-c", program, tmp_path], cwd=tmp_path, env=environment)
     reader = int((tmp_path / "reader").read_text())
-    train.open_metrics(tmp_path).close()  # the reader lives on, and does not hold the lock
+    args = train.parse_arguments(["--output-dir", str(tmp_path)])
+    train.Log(args).file.close()  # the reader lives on, and does not hold the lock
     os.kill(reader, signal.SIGKILL)
     with mock.patch.object(train.fcntl, "lockf", side_effect=OSError("No locks available")):
-        train.open_metrics(tmp_path).close()
-    assert f"{tmp_path} knows no locks" in capsys.readouterr().out
+        train.Log(args).file.close()
+    assert f"{tmp_path}/metrics.jsonl knows no locks" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_to_the_bit(tmp_path):
@@ -1315,15 +1365,14 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
 
 @on_meshes(((1, 1, 2),))
 def test_a_pipeline_that_ended_goes_on_as_a_tensor_axis_and_is_validated_as_either(mesh):
-    flags = [*TINY, "--steps", 4, "--save-every", 2, "--output-dir", FOLDER / "pipeline"]
+    flags = [*TINY, "--steps", 4]
+    saved = ["--save-every", 2, "--output-dir", FOLDER / "pipeline"]
     pipeline = "--pipeline-parallel 2 --accumulation-steps 2 --micro-batch-size 16".split()
     tensor = ["--tensor-parallel", 2]
     with pytest.raises(KeyboardInterrupt):
-        run_main(*flags, *pipeline, stop_after=3)
-    losses, validation = run_main(*flags, *tensor, "--resume").losses, Trainer.validations
-    run_main(*flags, *tensor, "--resume")
-    assert Trainer.validations == []  # rank 1 hears from rank 0 that it is done
-    at_once = run_main(*flags[:-2], *tensor, "--eager").losses
+        run_main(*flags, *saved, *pipeline, stop_after=3)
+    losses, validation = run_main(*flags, *saved, *tensor, "--resume").losses, Trainer.validations
+    at_once = run_main(*flags, *tensor, "--eager").losses
     np.testing.assert_allclose(losses, at_once[2:], atol=1e-5)  # of steps 3 and 4
     checkpoint = FOLDER / "pipeline/checkpoint.npz"
     run_main(*TINY, *pipeline, "--eval-only", "--init-from", checkpoint)
@@ -1368,9 +1417,9 @@ def test_it_is_saved_after_each_epoch_of_at_least_100_steps_and_at_the_end(
 
     flags = [*TINY, *flags.split(), "--depth", 1, "--eager", "--steps", 104]
     flags += ["--micro-batch-size", 2]
-    with mock.patch.multiple(train, SyntheticImages=FewImages, save_checkpoint=mock.DEFAULT) as spy:
-        run_main(*flags, "--output-dir", tmp_path)
-    saves = spy["save_checkpoint"].call_args_list
+    with mock.patch.object(train, "save_checkpoint") as spy:
+        run_main(*flags, "--output-dir", tmp_path, data_set=FewImages)
+    saves = spy.call_args_list
     assert [call.args[1]["step"] for call in saves] == saved_at
 
 
@@ -1402,33 +1451,33 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path)
     assert (tmp_path / "checkpoint.npz").read_bytes() == before
 
 
-UNREADABLE = ['{"st\xff\n', "{}\n", "5\n", '{"step": 4, "loss": 1.0}']  # the last one has no end
+def test_what_comes_after_the_checkpoint_is_cut_from_metrics_and_no_more(tmp_path, capsys):
+    flags = [*TINY, "--eager", "--steps", 4, "--save-every", 2, "--eval-every", 2]
+    flags += ["--output-dir", tmp_path]
+    path, before = tmp_path / "metrics.jsonl", "not JSON\r\n"
+    with pytest.raises(KeyboardInterrupt):
+        run_main(*flags, stop_after=3)
+    text = path.read_text()
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 2, 3]
+    size = json.loads(str(np.load(tmp_path / "checkpoint.npz")["run/record"]))["metrics_bytes"]
+    assert text[:size].count("\n") == 2  # its validation comes after it
+    edited = before + text[len(before) : size] + "x" * 99  # what is before it is not read
+    for kept, left in ((edited[:size], edited), (text[:9], text[:9])):  # a file never grows
+        path.write_bytes(left.encode())
+        with pytest.raises(KeyboardInterrupt):
+            run_main(*flags, "--resume", stop_after=0)
+        assert Trainer.validations and path.read_bytes().startswith(kept.encode())
+        assert json.loads(path.read_bytes()[len(kept) :])["images"] == 1000  # that of step 2
+    (tmp_path / "checkpoint.npz").unlink()
+    run_main(*flags, "--resume", "--steps", 1)
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 1]  # anew
 
 
-@pytest.mark.parametrize("last_step, kept, line", [
-    (3, 3, UNREADABLE[0]), (-1, 0, UNREADABLE[0]), *((4, 5, line) for line in UNREADABLE)
-])  # fmt: skip
-def test_metrics_are_cut_behind_the_checkpoint_and_where_they_cannot_be_read(
-    tmp_path, last_step, kept, line
-):
-    lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 5)]
-    lines += ['{"step": 4, "images": 9}\n', line]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="latin-1")
-    file = train.open_metrics(tmp_path)
-    assert train.cut_metrics(file, last_step) == (kept == 5)  # is the last step validated?
-    print("more", file=file)
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:kept]) + "more\n"
-
-
-def test_a_validation_that_a_kill_cut_off_is_made_up_and_no_other(tmp_path):
+def test_the_last_validation_is_made_again_since_a_kill_can_have_cut_it_off(tmp_path):
     flags = [*TINY, "--eager", "--steps", 2, "--eval-every", 1, "--output-dir", tmp_path]
     run_main(*flags)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [record["step"] for record in metrics(tmp_path)] == [1, 1, 2, 2]
-    run_main(*flags, "--resume")
-    assert Trainer.validations == [] and (tmp_path / "metrics.jsonl").read_text() == text
-    lines = text.splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))  # as a kill in the last one
     run_main(*flags, "--resume")
     assert len(Trainer.validations) == 1 and (tmp_path / "metrics.jsonl").read_text() == text
 
@@ -1436,10 +1485,10 @@ def test_a_validation_that_a_kill_cut_off_is_made_up_and_no_other(tmp_path):
 def test_a_long_validation_tells_that_it_runs(monkeypatch, capsys):
     args = train.parse_arguments(["--micro-batch-size", "500"])
     model, images = small_model(), train.SyntheticImages("val", 16, args)
-    train.evaluate(model, images, args)
+    train.evaluate(model, images, args, train.score)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(train, "SECONDS_OF_SILENCE", 0)
-    train.evaluate(model, images, args)
+    train.evaluate(model, images, args, train.score)
     assert capsys.readouterr().out == "validating: 1 of 2 batches\nvalidating: 2 of 2 batches\n"
 
 
@@ -1462,21 +1511,21 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     for source in (checkpoint, tmp_path / "timm.npz"):
         other = tmp_path / f"of-{source.stem}"
         run_main(*TINY, "--eval-only", "--init-from", source, "--output-dir", other)
-        (record,) = metrics(other)
+        (record,) = metrics(other, "eval.jsonl")
         assert record == {**last, "step": 4 if source == checkpoint else 0}
     for more, message in (
         ("--eager", "checkpoint.npz exists: --resume .*, or take another --output-dir"),
         ("--eager --resume --micro-batch-size 8", "batch_size was 32 and must not be 8"),
         ("--eager --resume --steps 5", "steps was 4 and must not be 5"),
-        ("--eager --resume --num-heads 2", "sizes was .* and must not be"),
-        ("--resume", "eager was true and must not be false"),
+        ("--eager --resume --num-heads 2", "num_heads was 4 and must not be 2"),
+        ("--resume", "eager was True and must not be False"),
     ):
         with pytest.raises(UsageError, match=message):
             run_main(*flags, *more.split())
     for more, message in (
-        ("--embed-dim 16", r"has shape \(.*\), in the model"),
-        ("--num-heads 2", "was trained with --num-heads 4: give it, too"),
-        ("--eval-only --layer-norm-eps 1e-6", "was trained with --layer-norm-eps 1e-05: give it"),
+        ("--embed-dim 16", r"is \(.*\) and must be \("),
+        ("--num-heads 2", "num_heads was 4 and must not be 2"),
+        ("--eval-only --layer-norm-eps 1e-6", "layer_norm_eps was 1e-05 and must not be 1e-06"),
     ):
         with pytest.raises(UsageError, match=message) as stop:
             run_main(*TINY, *more.split(), "--init-from", checkpoint)
@@ -1490,7 +1539,7 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     assert "lr was 0.001 and is 0.01\n" in out and "resume" not in out
     assert checkpoint.read_bytes() == before
     record = json.loads(str(np.load(checkpoint)["run/record"]))
-    assert record["flags"]["lr"] == 0.001 and record["flags"]["mean"] == [0.485, 0.456, 0.406]
+    assert record["lr"] == 0.001 and record["mean"] == [0.485, 0.456, 0.406]
     damaged = bytearray(before)
     damaged[len(damaged) // 3] ^= 1  # one bit
     checkpoint.write_bytes(damaged)
@@ -1511,7 +1560,7 @@ def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_pa
         (tmp_path / split / "class0").rename(tmp_path / split / "zebra")
     with pytest.raises(UsageError, match="its head is for other classes"):
         run_main(*flags, "--eval-only", "--init-from", checkpoint)
-    with pytest.raises(UsageError, match=r'classes was \["class0", .* must not be .*"zebra"\]'):
+    with pytest.raises(UsageError, match=r"classes was \['class0'\] and must not be \['zebra'\]$"):
         run_main(*run, "--resume")
     tuned = run_main(*flags, "--steps", 1, "--lr", 0, "--init-from", checkpoint, "--num-classes", 7)
     assert "its head is for other classes and is not loaded" in capsys.readouterr().out
@@ -1526,7 +1575,8 @@ def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_pa
     run_main(*run, "--eval-only", "--init-from", checkpoint)
     out = capsys.readouterr().out
     assert "images: 0 to train, 3 to validate" in out and "images was" not in out
-    of_training, of_validation = metrics(tmp_path / "run")[-2:]
+    of_training = metrics(tmp_path / "run")[-1]
+    (of_validation,) = metrics(tmp_path / "run", "eval.jsonl")
     assert {**of_validation, "epoch": of_training["epoch"]} == of_training
 
 
@@ -1587,9 +1637,9 @@ def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_checkpoint(
 
 @on_meshes(((2, 1, 1),))
 def test_ranks_that_differ_are_told_in_what(mesh):
-    def differ(message, *more):
+    def differ(message, *more, **own):
         with pytest.raises(UsageError, match=f"the ranks differ in {message}$"):
-            run_main(*flags, *more)
+            run_main(*flags, *more, **own)
 
     root = FOLDER / f"of-{dist.rank}"
     make_folder(root, dict(train=4, val=1))
@@ -1599,10 +1649,11 @@ def test_ranks_that_differ_are_told_in_what(mesh):
     differ("steps, seed", "--seed", dist.rank, "--steps", 1 + dist.rank)
     if dist.rank:
         np.savez(root / "out/checkpoint.npz", **{"run/record": json.dumps(dict(step=2))})
-    differ("whether .*checkpoint.npz exists")
+    differ("the step of the checkpoint")
     if not dist.rank:
         np.savez(root / "out/checkpoint.npz", **{"run/record": json.dumps(dict(step=4))})
-    differ("the step of .*checkpoint.npz")
+    differ("the step of the checkpoint")
+    (root / "out/checkpoint.npz").unlink()
     (root / "val/class0/0.png").rename(root / f"val/class0/{dist.rank}.png")
     differ("files")
     for split in ("train", "val"):
@@ -1615,8 +1666,7 @@ def test_ranks_that_differ_are_told_in_what(mesh):
             self.targets = np.roll(self.targets, dist.rank)
 
     flags = [*TINY, "--data-parallel", 2]
-    with mock.patch.object(train, "SyntheticImages", Rolled):
-        differ("targets")
+    differ("targets", data_set=Rolled)
 
 
 # 9. A model of your own ---------------------------------------------------------------------------

@@ -5,58 +5,169 @@ python train.py                                         # one process
 python train.py --data-parallel 2 --pipeline-parallel 2 # four processes
 python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir out
 
-`main`, at the end, is a whole run. What it calls stands above it, in its order.
+Part 1 is a run, from its steps in `main` to its figures. Part 2 is what runs of days and a command
+need: folders of images, checkpoints, files, flags, processes. `run` there starts your own classes.
 """
 
-import argparse
-import contextlib
-import ctypes
-import fcntl
-import json
 import math
-import os
-import random
-import re
-import signal
-import socket
-import sys
 import time
-import traceback
-import warnings
-import zlib
-from collections import Counter
-from datetime import timedelta
-from pathlib import Path
-from subprocess import Popen
-
-# srun, mpirun and others set one of these to the number of tasks, which `__main__` looks at. The
-# engine overwrites WORLD_SIZE when it is imported, so they are read here.
-TASK_COUNTS = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"
-TASKS = {name: os.environ[name] for name in TASK_COUNTS if name in os.environ}
 
 import numpy as np
-from PIL import Image
-from safetensors.numpy import load_file
 
-from vit3d import MODELS, B, S, UsageError, VisionTransformer, batch_to_global, dist, distribute
-from vit3d import draw_mesh, flow, full_array, load_timm_state_dict, load_weights, nn, require
-from vit3d import resize_pos_embed, set_pipeline_stage_id, weights_held
-from flowvision import datasets
-from flowvision.data import Mixup, create_transform
-from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
+from vit3d import VisionTransformer, batch_to_global, dist, flow, full_array, nn, require
+from vit3d import require_equal_copies, set_pipeline_stage_id
 from oneflow.optim import lr_scheduler
 from oneflow.utils.data import DataLoader, Dataset
 
-warnings.filterwarnings("ignore", "Argument interpolation")  # flowvision's, of its own call
+# Part 1. A run ------------------------------------------------------------------------------------
 
-# 1. Data: a sample's key is (epoch, index), its image depends on seed, split and key ----
+
+def main(args, model_class, trainer_class, data_set_class, score):
+    """One run; each rank runs all of it. Raises UsageError for a mistake."""
+    # the mesh and the data
+    mesh = (args.data_parallel, args.tensor_parallel, args.pipeline_parallel)
+    dist.setup(*mesh, args.depth, args.shard_params, args.sequence_parallel)
+    data_sets = open_data_sets(data_set_class, args)
+    train_set, val_set = data_sets
+    log = Log(args)
+    path, arrays, record = read_start(args)  # of --resume or --init-from, if there is one
+    require_alike(args, data_sets, record)
+
+    # the model, and what it goes on from
+    flow.manual_seed(args.seed)  # all ranks draw the same weights
+    mixup = new_mixup(args)
+    model = model_class(**model_options(args))
+    require_classes(data_sets, model, score)
+    log.describe(model, data_sets)
+    if args.eval_only:
+        step = load_initial_weights(model, path, arrays, record, args)
+        return log.add(dict(step=step, **evaluate(model, val_set, args, score)))
+    trainer = trainer_class(model, args, args.steps)
+    first_step = load_start(trainer, path, arrays, record, args)
+    del arrays  # three times the weights
+
+    # the loop
+    flow.manual_seed(args.seed + first_step)  # the masks of dropout
+    keys = training_keys(args.images, args.batch_size, args, first_step, args.steps)
+    batches = load_batches(train_set, keys, args, mixup)
+    log.start(first_step, record)
+    if log.is_due(first_step, args.eval_every):  # its validation can have been cut off
+        log.add(dict(step=first_step, **evaluate(model, val_set, args, score)))
+    for step, batch in enumerate(batches, first_step + 1):
+        loss, lr = trainer.step(*batch)
+        log.add_step(step, loss, lr, trainer.grad_norm)
+        saves = args.output_dir and log.is_due(step, args.save_every)
+        validates = log.is_due(step, args.eval_every)
+        if step == first_step + 1 or saves or validates:
+            require_equal_copies(model)
+        if saves:
+            record = dict(vars(args), step=step, metrics_bytes=log.sync())
+            save_checkpoint(trainer, record, checkpoint_path(args))
+        if validates:
+            log.add(dict(step=step, **evaluate(model, val_set, args, score)))
+        log.start_clock()
+
+
+class TrainGraph(nn.Graph):
+    """Forward, backward and update of one step, in micro-batches, as one static graph."""
+
+    def __init__(self, trainer, args):
+        super().__init__()
+        self.model = trainer.model
+        self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
+        self.config.set_gradient_accumulation_steps(args.accumulation_steps)
+        for block in self.model.blocks:
+            block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
+        set_pipeline_stage_id(self.model)
+
+    def build(self, images, *targets):
+        """What the engine compiles at the first call -> losses, one for each micro-batch."""
+        losses = self.model(images, *targets)["losses"]
+        losses.backward()
+        return losses
+
+    def _generate_config_proto(self):
+        # The engine calls this when it compiles, and clips each group of parameters by its own
+        # norm. A global norm needs one group: this joins both, and names the variables that have
+        # no weight decay.
+        super()._generate_config_proto()
+        groups = self.config.proto.train_conf.optimizer_conf
+        rates = {group.base_learning_rate for group in groups}
+        error_message = "a graph here takes two groups of one rate: README, 'Rules of the engine'"
+        require(len(groups) == 2 and len(rates) == 1, error_message)
+        decay, no_decay = groups
+        decay.variable_op_names.extend(no_decay.variable_op_names)
+        if decay.HasField("weight_decay_conf"):  # SGD has no such field
+            patterns = [f"^{name}$" for name in no_decay.variable_op_names]
+            decay.weight_decay_conf.excludes.pattern.extend(patterns)
+        del groups[-1]
+
+
+class Trainer:
+    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine.
+
+    In place of AdamW a graph takes SGD, Adam, Adagrad, Adadelta and RMSprop, and no schedule by a
+    lambda. Eager mode takes any optimizer but LAMB, which never moves a split weight.
+    """
+
+    grad_norm = None  # of the last step before clipping, in eager mode; a graph does not tell it
+
+    def __init__(self, model, args, steps):
+        self.model = model.train()
+        self.args = args
+        # A graph's update must wait for all gradients: their norm does. 1e9 clips nothing.
+        clip = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
+        decay = dict(params=[], weight_decay=args.weight_decay, **clip)
+        no_decay = dict(params=[], weight_decay=0.0, **clip)
+        for name, parameter in model.named_parameters():
+            has_decay = parameter.ndim > 1 and name not in model.no_weight_decay()
+            group = decay if has_decay else no_decay
+            group["params"].append(parameter)
+        self.optimizer = flow.optim.AdamW([decay, no_decay], lr=args.lr)
+        warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
+        require(warmup < steps, f"--warmup-steps {warmup} must be below {steps} steps")
+        self.scheduler = lr_scheduler.CosineDecayLR(self.optimizer, steps - warmup)
+        if warmup:
+            linear = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
+            self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **linear)
+        self.graph = None if args.eager else TrainGraph(self, args)
+
+    def step(self, *batch):
+        """Train on a replica's batch, numpy arrays, images first -> loss, learning rate.
+
+        The loss is the mean over the images of all replicas and micro-batches.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
+        self.scheduler.step()  # for eager mode and `lr`; a graph computes the same rate itself
+        return float(full_array(losses).mean()), lr
+
+    def to_mesh(self, images, *targets):
+        """Images to the first stage, the others, such as labels, to the last."""
+        return batch_to_global(images, 0), *(batch_to_global(array, -1) for array in targets)
+
+    def eager_step(self, *batch):
+        n = self.args.accumulation_steps
+        total = 0
+        for micro_batch in zip(*(np.split(array, n) for array in batch)):
+            losses = self.model(*self.to_mesh(*micro_batch))["losses"] / n
+            losses.backward()
+            total = total + losses.detach()
+        parameters = list(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or 1e9)
+        self.grad_norm = float(full_array(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
 
 
 class SyntheticImages(Dataset):
     """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size)."""
 
     def __init__(self, split, img_size, args):
-        self.split, self.img_size, self.seed = split, img_size, args.seed
+        self.split = split
+        self.img_size = img_size
+        self.seed = args.seed
         num_classes = args.num_classes or 10
         self.classes = list(range(num_classes))
         self.targets = np.arange(4096 if split == "train" else 1000) % num_classes
@@ -73,63 +184,8 @@ class SyntheticImages(Dataset):
         return key, image, self.targets[index]
 
 
-class FolderImages(datasets.ImageFolder):
-    """Images in ImageNet's layout, DIR/SPLIT/CLASS/*; items as above, augmented for training."""
-
-    ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".avif", ".gif")
-    # What systems put into folders: .ipynb_checkpoints, ._0.jpg, @eaDir with real thumbnails.
-    OF_A_SYSTEM = re.compile("/([.@]|__MACOSX(/|$))")
-
-    def __init__(self, split, img_size, args):
-        root, self.seed = str(args.data / split), args.seed
-        is_training = split == "train" and not args.no_augment
-        self.left_out = Counter()  # of files by ending, of folders by name
-        try:
-            super().__init__(root, is_valid_file=lambda path: True)  # `make_dataset` chooses
-            self.transform = create_transform(
-                img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
-                auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
-                std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
-            )
-        except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
-            raise UsageError(f"{root}, --rand-augment {args.rand_augment}: {error}") from None
-        self.files = [path[len(root) :] for path, _ in self.samples]  # alike on all ranks
-        empty = set(range(len(self.classes))) - set(self.targets)
-        names = ", ".join(self.classes[i] for i in sorted(empty))
-        require(not empty, f"{root}: no image in {names:.300}")
-        error_message = f"{root}/CLASS/* must be two classes or more, not {self.classes}"
-        require(len(self.classes) > 1, error_message)
-
-    def find_classes(self, root):
-        names, _ = super().find_classes(root)
-        classes = [name for name in names if not self.OF_A_SYSTEM.match(f"/{name}")]
-        self.left_out.update(f"{name}/" for name in set(names) - set(classes))
-        return classes, {name: i for i, name in enumerate(classes)}
-
-    def make_dataset(self, root, *more):
-        samples = []
-        for path, target in super().make_dataset(root, *more):
-            if path.lower().endswith(self.ENDINGS) and not self.OF_A_SYSTEM.search(path, len(root)):
-                samples.append((path, target))
-            else:
-                self.left_out[Path(path).suffix or Path(path).name] += 1
-        return samples
-
-    def __getitem__(self, key):
-        path, target = self.samples[key[1]]
-        for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # transforms draw from all
-            set_seed(zlib.crc32(repr([self.seed, *key]).encode()))
-        try:
-            with Image.open(path) as image:
-                # `convert` makes 16 bits white (I, I;16) and floats black (F).
-                require(image.mode[0] not in "IF", f"mode {image.mode} is not of 8 bits")
-                return key, self.transform(image.convert("RGB")).numpy(), target
-        except Exception as error:  # decoders raise many kinds
-            raise UsageError(f"{path} cannot be read as an image: {error}") from None
-
-
 def training_keys(length, batch_size, args, first_step, last_step):
-    """Yield this replica's keys of each step. Micro-batch i is the same on each mesh."""
+    """Yield this replica's keys, (epoch, index), of each step. Micro-batch i is each mesh's."""
     replica, _, _ = dist.get_coordinates()
     for step in range(first_step, last_step):
         epoch, position = divmod(step, length // batch_size)
@@ -142,154 +198,21 @@ def training_keys(length, batch_size, args, first_step, last_step):
 
 
 def load_batches(data_set, keys, args, mixup=None):
-    """Numpy batches, images (b, 3, h, w) and labels (b,), for lists of keys.
-
-    With mixup, labels are (b, num_classes). Neighbours are mixed in pairs, each pair by
-    a draw of its own, so that all ranks and meshes see the same mix.
-    """
-
-    def collate(samples):
-        sample_keys, images, labels = zip(*samples)
-        images, labels = np.stack(images), np.array(labels)
-        if mixup is None:
-            return images, labels
-        pairs = []
-        for i in range(0, len(samples), 2):
-            np.random.seed(zlib.crc32(repr([args.seed, *sample_keys[i], "mix"]).encode()))
-            pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
-        return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
+    """Numpy batches for lists of keys: images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
     # A data set may seed flow for each image, as FolderImages does. Here that would repeat the
     # masks of dropout, so all but SyntheticImages are read in other processes.
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
-    can_share = os.access("/dev/shm", os.W_OK) or not workers
-    require(can_share, "/dev/shm is not there or not writable: the readers of images share it")
-    return DataLoader(data_set, batch_sampler=keys, num_workers=workers, collate_fn=collate)
-
-
-# 2. The step --------------------------------------------------------------------------
-
-
-class TrainGraph(nn.Graph):
-    """Forward, backward and update of one step, in micro-batches, as one static graph."""
-
-    def __init__(self, trainer, args):
-        super().__init__()
-        self.model = trainer.model
-        self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
-        self.config.set_gradient_accumulation_steps(args.accumulation_steps)
-        for block in self.model.blocks:
-            block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
-        set_pipeline_stage_id(self.model)
-
-    def _generate_config_proto(self):
-        # The engine clips each group of parameters by its own norm. A global norm needs one group:
-        # this joins both, and names the variables that have no weight decay.
-        super()._generate_config_proto()
-        groups = self.config.proto.train_conf.optimizer_conf
-        rates = {group.base_learning_rate for group in groups}
-        error_message = "a graph here takes two groups of one rate: README, 'Rules of the engine'"
-        require(len(groups) == 2 and len(rates) == 1, error_message)
-        decay, no_decay = groups
-        decay.variable_op_names.extend(no_decay.variable_op_names)
-        if decay.HasField("weight_decay_conf"):  # SGD has no such field
-            patterns = [f"^{name}$" for name in no_decay.variable_op_names]
-            decay.weight_decay_conf.excludes.pattern.extend(patterns)
-        del groups[-1]
-
-    def build(self, images, *targets):
-        losses = self.model(images, *targets)["losses"]
-        losses.backward()
-        return losses
-
-
-class Trainer:
-    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine.
-
-    A graph takes SGD, Adam, AdamW, Adagrad, Adadelta and RMSprop, too, and no schedule by a lambda.
-    LAMB is wrong where weights are split, since it takes the norm of a rank's slice.
-    """
-
-    def __init__(self, model, args, steps):
-        self.model, self.args = model.train(), args
-        # A graph's update must wait for all gradients: their norm does. 1e9 clips nothing.
-        clip = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
-        decay = dict(params=[], weight_decay=args.weight_decay, **clip)
-        no_decay = dict(params=[], weight_decay=0.0, **clip)
-        for name, parameter in model.named_parameters():
-            has_decay = parameter.ndim > 1 and name not in model.no_weight_decay()
-            (decay if has_decay else no_decay)["params"].append(parameter)
-        self.optimizer = flow.optim.AdamW([decay, no_decay], lr=args.lr)
-        warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
-        require(warmup < steps, f"--warmup-steps {warmup} must be below {steps} steps")
-        self.scheduler = lr_scheduler.CosineDecayLR(self.optimizer, steps - warmup)
-        if warmup:
-            linear = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
-            self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **linear)
-        self.graph = None if args.eager else TrainGraph(self, args)
-
-    def step(self, *batch):
-        """Train on a replica's batch, numpy arrays, images first -> mean loss, learning rate."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
-        self.scheduler.step()  # for eager mode and `lr`; a graph computes the same rate itself
-        return float(full_array(losses).mean()), lr
-
-    def to_mesh(self, images, *targets):
-        """Images to the first stage, the others, such as labels, to the last."""
-        return batch_to_global(images, 0), *(batch_to_global(array, -1) for array in targets)
-
-    def eager_step(self, *batch):
-        n, total = self.args.accumulation_steps, 0
-        for micro_batch in zip(*(np.split(array, n) for array in batch)):
-            losses = self.model(*self.to_mesh(*micro_batch))["losses"] / n
-            losses.backward()
-            total = total + losses.detach()
-        nn.utils.clip_grad_norm_(list(self.model.parameters()), self.args.clip_grad or 1e9)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
-
-
-# 3. What the ranks agree on and say ---------------------------------------------------
-
-
-def all_ranks():
-    return flow.placement("cpu", list(range(dist.world_size)))
-
-
-def require_alike(values):
-    """Raise UsageError that names what is not the same on all ranks. Call it on every rank."""
-    checksums = [[zlib.crc32(repr(value).encode()) for value in values.values()]]
-    checksums = flow.tensor(checksums).to_global(placement=all_ranks(), sbp=S(0))
-    columns = full_array(checksums).T  # (ranks, values) -> (values, ranks)
-    names = [name for name, column in zip(values, columns) if len(set(column)) > 1]
-    require(not names, f"the ranks differ in {', '.join(names)}")
-
-
-def of_rank_0(number):
-    """The number that rank 0 has, on every rank."""
-    return full_array(flow.tensor([number]).to_global(placement=all_ranks(), sbp=B))[0]
-
-
-def say(text):
-    """Print on rank 0."""
-    try:
-        if dist.rank == 0:
-            print(text)
-    except OSError as error:  # a closed pipe, a full disk
-        error.filename = "standard output"
-        raise
-
-
-# 4. Evaluation and checkpoints --------------------------------------------------------
-
-SECONDS_OF_SILENCE = 10  # from one sign of life in a long validation to the next
+    require_shared_memory(workers)
+    return DataLoader(
+        data_set, batch_sampler=keys, num_workers=workers,
+        collate_fn=lambda samples: make_batch(samples, args.seed, mixup),
+    )
 
 
 def score(logits, targets):
     """What `evaluate` averages: arrays (b,) by name. Of equal logits the first class is the best.
 
-    Where targets are not classes (several labels an image, numbers) replace this function alone.
+    Where targets are not classes (several labels an image, numbers) give `run` another one.
     """
     logits = logits.astype(np.float64)
     loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
@@ -298,15 +221,17 @@ def score(logits, targets):
     return dict(val_loss=loss, top1=hits[:, 0], top5=hits.any(1))
 
 
-def evaluate(model, data_set, args):
+def evaluate(model, data_set, args, score):
     """The means of what `score` returns, over all images, each counted once."""
-    targets, (replica, _, _) = np.array(data_set.targets), dist.get_coordinates()
-    length, images_a_batch = len(targets), dist.data_parallel_size * args.micro_batch_size
+    targets = np.array(data_set.targets)
+    replica, _, _ = dist.get_coordinates()
+    length = len(targets)
+    rows = math.ceil(length / (dist.data_parallel_size * args.micro_batch_size))
     # The last batch is filled up with images that are counted already.
-    filled = np.arange(-(-length // images_a_batch) * images_a_batch) % length
-    batches = filled.reshape(-1, dist.data_parallel_size, args.micro_batch_size)
+    batches = np.resize(np.arange(length), (rows, dist.data_parallel_size, args.micro_batch_size))
     keys = [[(0, int(index)) for index in batch[replica]] for batch in batches]
-    scores, told = [], time.monotonic()
+    scores = []
+    told = time.monotonic()
     model.eval()
     with flow.no_grad():
         for batch, (images, _) in zip(batches, load_batches(data_set, keys, args)):
@@ -321,6 +246,317 @@ def evaluate(model, data_set, args):
         values = np.concatenate([part[name] for part in scores])
         means[name] = float(values[:length].mean())
     return dict(means, images=length)
+
+
+# Part 2. What runs of days and a command need -----------------------------------------------------
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import traceback
+import warnings
+import zlib
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from subprocess import Popen
+
+from PIL import Image
+from safetensors.numpy import load_file
+
+from vit3d import B, MODELS, TASKS, UsageError, distribute, draw_mesh, load_timm_state_dict
+from vit3d import load_weights, of_all_ranks, resize_pos_embed
+from flowvision import datasets
+from flowvision.data import Mixup, create_transform
+from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
+
+warnings.filterwarnings("ignore", "Argument interpolation")  # flowvision's, of its own call
+
+# Data: an image and its changes depend on seed, split and key, and so not on the mesh
+
+
+class FolderImages(datasets.ImageFolder):
+    """Images in ImageNet's layout, DIR/SPLIT/CLASS/*, augmented for training."""
+
+    ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".avif", ".gif")
+    # What systems put into folders: .ipynb_checkpoints, ._0.jpg, @eaDir with real thumbnails.
+    OF_A_SYSTEM = re.compile("/([.@]|__MACOSX(/|$))")
+
+    def __init__(self, split, img_size, args):
+        root = str(args.data / split)
+        self.seed = args.seed
+        self.left_out = Counter()  # of files by ending, of folders by name
+        is_training = split == "train" and not args.no_augment
+        try:
+            super().__init__(root, is_valid_file=lambda path: True)  # `make_dataset` chooses
+            self.transform = create_transform(
+                img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
+                auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
+                std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
+            )
+        except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
+            policy = f", --rand-augment {args.rand_augment}" if args.rand_augment else ""
+            raise UsageError(f"{root}{policy}: {error}") from None
+        self.files = [path[len(root) :] for path, _ in self.samples]  # alike on all ranks
+        empty = set(range(len(self.classes))) - set(self.targets)
+        names = ", ".join(self.classes[i] for i in sorted(empty))
+        require(not empty, f"{root}: no image in {names:.300}")
+        error_message = f"{root}/CLASS/* must be two classes or more, not {self.classes}"
+        require(len(self.classes) > 1, error_message)
+
+    def find_classes(self, root):
+        names, _ = super().find_classes(root)
+        classes = [name for name in names if not self.OF_A_SYSTEM.match(f"/{name}")]
+        self.left_out.update(f"{name}/" for name in set(names) - set(classes))
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    def make_dataset(self, root, class_to_idx, *more):
+        def refuse(error):  # a folder that cannot be read: `os.walk` would pass over it
+            raise error
+
+        samples = []
+        for name, target in class_to_idx.items():
+            walk = os.walk(os.path.join(root, name), onerror=refuse, followlinks=True)
+            for folder, _, files in sorted(walk):
+                for path in (os.path.join(folder, file) for file in sorted(files)):
+                    is_of_system = self.OF_A_SYSTEM.search(path, len(root))
+                    if path.lower().endswith(self.ENDINGS) and not is_of_system:
+                        samples.append((path, target))
+                    else:
+                        self.left_out[Path(path).suffix or Path(path).name] += 1
+        return samples
+
+    def __getitem__(self, key):
+        """(epoch, index) -> the key, the image, its class."""
+        path, target = self.samples[key[1]]
+        for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # transforms draw from all
+            set_seed(zlib.crc32(repr([self.seed, *key]).encode()))
+        try:
+            require(os.path.isfile(path), "it is no file")  # a pipe would never end
+            with Image.open(path) as image:
+                # `convert` makes 16 bits white (I, I;16) and floats black (F).
+                require(image.mode[0] not in "IF", f"mode {image.mode} is not of 8 bits")
+                return key, self.transform(image.convert("RGB")).numpy(), target
+        except Exception as error:  # decoders raise many kinds
+            raise UsageError(f"{path} cannot be read as an image: {error}") from None
+
+
+def open_data_sets(data_set_class, args):
+    """The images to train and to validate. Writes into `args` what follows from them."""
+    if data_set_class is None:
+        data_set_class = FolderImages if args.data else SyntheticImages
+    val_set = data_set_class("val", args.img_size, args)
+    train_set = val_set if args.eval_only else data_set_class("train", args.img_size, args)
+    differing = sorted({*map(str, train_set.classes)} ^ {*map(str, val_set.classes)})
+    error_message = f"train and val have other classes: {', '.join(differing):.300}"
+    require(list(train_set.classes) == list(val_set.classes), error_message)
+    args.classes = list(map(str, val_set.classes))
+    args.num_classes = args.num_classes or len(args.classes)
+    error_message = f"--num-classes {args.num_classes} is below {len(args.classes)} classes"
+    require(args.num_classes >= len(args.classes), error_message)
+    args.batch_size = args.data_parallel * args.accumulation_steps * args.micro_batch_size
+    args.images = 0 if args.eval_only else len(train_set.targets)
+    steps_an_epoch = args.images // args.batch_size
+    error_message = f"a batch of {args.batch_size} is more than {args.images} images"
+    require(steps_an_epoch or args.eval_only, error_message)
+    args.steps = args.epochs * steps_an_epoch if args.epochs else args.steps or 200
+    args.save_every = args.save_every or max(steps_an_epoch, 100)
+    return train_set, val_set
+
+
+def require_classes(data_sets, model, score_function):
+    """Raise UsageError for a target that is no class: the engine's loss would leave it out.
+
+    A loss or a score of your own may know what such a target means.
+    """
+    losses = (nn.CrossEntropyLoss, SoftTargetCrossEntropy)
+    if score_function is not score or type(model.loss_func) not in losses:
+        return
+    for data_set in data_sets:
+        targets = np.array(data_set.targets)
+        classes = len(data_set.classes)
+        others = targets[(targets < 0) | (targets >= classes)]
+        error_message = f"target {others[:1].tolist()} is not one of the classes 0 to {classes - 1}"
+        require(len(others) == 0, error_message)
+
+
+def new_mixup(args):
+    """What mixes pairs of images and makes their labels soft; None if nothing is asked for."""
+    if not (args.mixup or args.cutmix or args.label_smoothing):
+        return None
+    prob = float(args.mixup > 0 or args.cutmix > 0)
+    smoothing = dict(label_smoothing=args.label_smoothing, num_classes=args.num_classes)
+    return Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
+
+
+def make_batch(samples, seed, mixup):
+    """[(key, image, target)] -> images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
+    keys, images, labels = zip(*samples)
+    images = np.stack(images)
+    labels = np.array(labels)
+    if mixup is None:
+        return images, labels
+    # Neighbours are mixed in pairs, each pair by a draw of its own, so that all ranks and meshes
+    # see the same mix.
+    pairs = []
+    for i in range(0, len(samples), 2):
+        np.random.seed(zlib.crc32(repr([seed, *keys[i], "mix"]).encode()))
+        pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
+    return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
+
+
+def require_shared_memory(workers):
+    can_share = os.access("/dev/shm", os.W_OK) or not workers
+    require(can_share, "/dev/shm is not there or not writable: the readers of images share it")
+
+
+# What ranks agree on and say
+
+
+def require_alike(args, data_sets, record):
+    """Raise UsageError that names what is not the same on all ranks. Call it on every rank."""
+    values = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    values["device"] = dist.device_type
+    values["targets"] = [list(data_set.targets) for data_set in data_sets]
+    values["files"] = [getattr(data_set, "files", None) for data_set in data_sets]
+    values["the step of the checkpoint"] = record.get("step")
+    checksums = of_all_ranks([zlib.crc32(repr(value).encode()) for value in values.values()])
+    columns = checksums.T  # (ranks, values) -> (values, ranks)
+    names = [name for name, column in zip(values, columns) if len(set(column)) > 1]
+    require(not names, f"the ranks differ in {', '.join(names)}")
+
+
+@contextlib.contextmanager
+def named(path):
+    """An OSError in the `with` gets this name if it has none: a full disk gives none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def say(text):
+    """Print on rank 0."""
+    with named("standard output"):
+        if dist.rank == 0:
+            print(text)
+
+
+SECONDS_OF_SILENCE = 10  # from one sign of life in a long validation to the next
+
+
+class Log:
+    """What a run tells: a record a line in metrics.jsonl, and text. Rank 0 alone writes."""
+
+    def __init__(self, args):
+        """Open metrics.jsonl, or eval.jsonl with --eval-only, and lock it.
+
+        Nothing may open the file again in this process: to close it would free the lock. Raises
+        UsageError if another run has the lock.
+        """
+        self.args = args
+        self.file = None
+        if args.output_dir is None or dist.rank > 0:
+            return
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path = args.output_dir / ("eval.jsonl" if args.eval_only else "metrics.jsonl")
+        self.file = open(path, "a", buffering=1)
+        try:
+            # `flock` would live on in readers.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run writes to --output-dir {args.output_dir}") from None
+        except OSError as error:
+            say(f"{path} knows no locks, so nothing keeps a second run away: {error}")
+
+    def describe(self, model, data_sets):
+        """Print what is trained, on what. Call it on every rank."""
+        args = self.args
+        elements = sum(parameter.numel() for parameter in model.parameters())
+        held = of_all_ranks([sum(p.to_local().numel() for p in model.parameters())]).max()
+        size, what = (4, "weights") if args.eval_only else (12, "weights and Adam's states")
+        say(draw_mesh(dist))
+        say(f"{elements:,} parameters, {args.batch_size} images a step, {args.steps} steps")
+        say(f"the fullest process holds {size * held:,} bytes of {what}")
+        images = f"images: {args.images} to train, {len(data_sets[-1].targets)} to validate"
+        say(f"{images}; {args.num_classes} classes")
+        for data_set in dict.fromkeys(data_sets):  # one if both are the same
+            for name, n in getattr(data_set, "left_out", Counter()).most_common(9):
+                say(f"left out of {data_set.root}: {n} {name}")
+        if args.data and not args.output_dir and not args.eval_only:
+            say("nothing is saved, since there is no --output-dir")
+
+    def start(self, first_step, record):
+        """Cut metrics.jsonl to what it was when the checkpoint was saved. Start the clock."""
+        if self.file:
+            size = os.path.getsize(self.file.name)
+            kept = min(size, record.get("metrics_bytes", size)) if first_step else 0
+            self.file.truncate(kept)  # a larger number would fill the file with zeros
+        if first_step < self.args.steps and not self.args.eager:
+            say("compiling the graph: seconds on one process, half a minute on eight")
+        self.first_step = first_step
+        self.start_clock()
+
+    def start_clock(self):
+        self.clock = time.perf_counter()
+
+    def is_due(self, step, every):
+        """Whether what comes each `every` steps, and after the last one, comes after this one."""
+        is_in_turn = every and step % every == 0
+        return step > 0 and bool(is_in_turn or step == self.args.steps)
+
+    def add_step(self, step, loss, lr, grad_norm):
+        """Record a step. Raises UsageError for a loss that is not finite."""
+        require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
+        now = time.perf_counter()
+        record = dict(step=step, loss=loss, lr=lr)
+        if grad_norm is not None:
+            record["grad_norm"] = grad_norm
+        record["images_per_s"] = round(self.args.batch_size / (now - self.clock), 1)
+        steps = self.args.steps
+        time_left = ""
+        is_printed = step == self.first_step + 1 or step % min(max(steps // 20, 1), 100) == 0
+        if step == self.first_step + 1:
+            self.after_first_step = now
+        else:
+            seconds = (now - self.after_first_step) / (step - self.first_step - 1) * (steps - step)
+            time_left = f"  left {timedelta(seconds=int(seconds))}"
+        self.add(record, time_left, is_printed)
+
+    def add(self, record, end="", is_printed=True):
+        """Write a record and, if it is to be printed, its numbers as text."""
+        if not self.args.eval_only:
+            epoch = record["step"] / (self.args.images // self.args.batch_size)
+            record["epoch"] = round(epoch, 2)
+        if self.file:
+            with named(self.file.name):
+                print(json.dumps(record), file=self.file)
+        if is_printed:
+            text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
+            say("  ".join(f"{k} {v}" for k, v in text.items()) + end)
+
+    def sync(self):
+        """Wait until all records are on the disk -> how many bytes they are."""
+        if self.file is None:
+            return None
+        os.fsync(self.file.fileno())
+        return os.path.getsize(self.file.name)
+
+
+# Checkpoints
+
+
+def checkpoint_path(args):
+    return args.output_dir / "checkpoint.npz" if args.output_dir else None
 
 
 def get_optimizer_state(trainer):
@@ -338,8 +574,9 @@ def get_optimizer_state(trainer):
 
 def set_optimizer_state(trainer, arrays, step):
     """The inverse, from full numpy arrays. The schedule goes to this step, too."""
-    weights, state = dict(trainer.model.named_parameters()), {}
-    first_stage = dist.get_layer_placement(0), dist.get_nd_sbp([B, B])
+    weights = dict(trainer.model.named_parameters())
+    first_stage = (dist.get_layer_placement(0), dist.get_nd_sbp([B, B]))
+    state = {}
     for key in sorted(arrays):
         name, _, kind = key.removeprefix("model.").rpartition("-")
         weight = weights.get(name)  # None for a graph's counters
@@ -366,8 +603,10 @@ def save_checkpoint(trainer, record, path):
         if dist.rank == 0:
             arrays[name] = array
     if dist.rank == 0:
+        folder = path.parent
+        path = path.resolve()  # a link to a larger disk stays one
         unfinished = path.with_name("unfinished.npz")
-        with open(unfinished, "wb") as file:
+        with named(folder), open(unfinished, "wb") as file:
             np.savez(file, **arrays)
             os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
         unfinished.replace(path)
@@ -377,45 +616,88 @@ def save_checkpoint(trainer, record, path):
         os.close(folder)
 
 
-def read_arrays(path):
-    """A file's arrays by name, and the record of the run that saved it, {} if it has none."""
+def read_start(args):
+    """What a run goes on from, its own checkpoint or --init-from -> path, arrays, record.
+
+    The record is the arguments of the run that saved the file, {} if it has none.
+    """
+    path = args.init_from
+    checkpoint = checkpoint_path(args)
+    if checkpoint and checkpoint.exists() and not args.eval_only:
+        cure = "--resume goes on from it, or take another --output-dir"
+        require(args.resume, f"{checkpoint} exists: {cure}")
+        path = checkpoint
+    if path is None:
+        return None, {}, {}
     try:
         arrays = dict({".npz": np.load, ".safetensors": load_file}[path.suffix](path))
-        return arrays, json.loads(str(arrays.pop("run/record", "{}")))
+        record = json.loads(str(arrays.pop("run/record", "{}")))
     except Exception as error:  # another form, not there, damaged, bfloat16
         raise UsageError(f"{path} must be a whole .npz or .safetensors file: {error}") from None
+    flags = record.pop("flags", {})  # older checkpoints have two inner records
+    return path, arrays, {**flags, **record.pop("sizes", {}), **record}
 
 
-def tell_changed_flags(path, record, run):
-    for flag, before in record.get("flags", {}).items():
-        now = run["flags"].get(flag, before)
-        if str(before) != str(now):
-            say(f"{path}: {flag} was {before} and is {now}")
+SIZES = ["img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes"]
+SIZES += ["layer_norm_eps"]
+RATES = ["drop_rate", "attn_drop_rate", "drop_path_rate"]
+OF_TRAINING = [*RATES, "images", "no_augment", "rand_augment", "random_erasing", "label_smoothing"]
+OF_TRAINING += ["mixup", "cutmix", "accumulation_steps", "steps", "epochs", "lr", "warmup_steps"]
+OF_TRAINING += ["weight_decay", "clip_grad", "activation_checkpoint", "eager", "eval_every"]
+OF_TRAINING += ["save_every", "resume"]
 
 
-def load_initial_weights(model, path, run, args):
+def model_options(args):
+    """The arguments of a model class."""
+    options = {name: getattr(args, name) for name in (*SIZES, *RATES)}
+    options["loss_func"] = SoftTargetCrossEntropy() if new_mixup(args) else None
+    return options
+
+
+def require_same(names, path, record, args):
+    """Say what has changed since a file was saved. Raises UsageError if one of `names` has."""
+    for name, now in json.loads(json.dumps(vars(args), default=str)).items():
+        before = record.get(name, now)
+        is_told = name != "resume" and not (args.eval_only and name in OF_TRAINING)
+        if before == now or not is_told:
+            continue
+        if name == "classes":  # there may be thousands
+            old, new = before, now
+            before = [c for c in old if c not in new] or "in another order"
+            now = [c for c in new if c not in old]
+        error_message = f"{path}: {name} was {before} and must not be {now}"
+        require(name not in names, f"{error_message:.500}")
+        say(f"{path}: {name} was {before} and is {now}"[:500])
+
+
+def natural_order(name):
+    """The key by which timm sorts folders: 1, 2, 10. Here they are sorted as text: 1, 10, 2."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def load_initial_weights(model, path, arrays, record, args):
     """Load weights alone, ours or timm's, without a head for other classes. -> their step"""
-    arrays, record = read_arrays(path)
-    tell_changed_flags(path, record, run)
-    first_name, sizes = next(iter(arrays), ""), record.get("sizes", run["sizes"])
+    require_same(("num_heads", "layer_norm_eps"), path, record, args)
     is_known = any(name.startswith("blocks.0.") for name in arrays)
+    first_name = next(iter(arrays), "")
     require(is_known, f"{path}: neither our names nor timm's, as in {first_name:.100}")
-    for name in ("num_heads", "layer_norm_eps"):  # no shape of a weight tells them
-        flag = f"--{name.replace('_', '-')} {sizes[name]}"
-        require(sizes[name] == run["sizes"][name], f"{path} was trained with {flag}: give it, too")
     is_timm = "blocks.0.attn.qkv.weight" in arrays
     if is_timm and args.layer_norm_eps == 1e-5:
         say(f"{path}: weights of timm want --layer-norm-eps 1e-6; README has the other flags")
     head_rows = len(arrays.get("head.bias", ()))
-    may_be_missing = ()  # parts of names that your model adds, such as ("lora_",)
-    same_classes = record.get("classes", run["classes"]) == run["classes"]
-    if not same_classes or head_rows != run["sizes"]["num_classes"]:
-        require(not args.eval_only, f"{path}: its head is for other classes")
-        say(f"{path}: its head is for other classes and is not loaded")
+    reason = ""
+    if record.get("classes", args.classes) != args.classes or head_rows != args.num_classes:
+        reason = "is for other classes"
+    elif "classes" not in record and args.classes != sorted(args.classes, key=natural_order):
+        reason = "may have timm's order of classes, such as 1, 2, 10, and here it is 1, 10, 2"
+    may_be_missing = getattr(model, "may_be_missing", ())  # parts of names that your model adds
+    if reason:
+        require(not args.eval_only, f"{path}: its head {reason}")
+        say(f"{path}: its head {reason} and is not loaded")
         arrays = {name: arrays[name] for name in arrays if not name.startswith("head.")}
         may_be_missing += ("head.",)
     if args.eval_only and not record:
-        classes = len(run["classes"])
+        classes = len(args.classes)
         require(head_rows == classes, f"{path}: its head has {head_rows} classes, --data {classes}")
     if is_timm:
         load_timm_state_dict(model, arrays, may_be_missing)
@@ -426,21 +708,21 @@ def load_initial_weights(model, path, run, args):
     return record.get("step", 0)
 
 
-def load_checkpoint(trainer, path, run):
-    """Load all that the same run goes on from. -> the step it was saved after"""
-    arrays, record = read_arrays(path)
-    tell_changed_flags(path, record, run)
-    require_alike({f"the step of {path}": record.get("step")})
-    for name in ("batch_size", "steps", "sizes", "eager", "classes"):
-        before, now = json.dumps(record.get(name)), json.dumps(run[name])
-        require(before == now, f"{path}: {name} was {before:.500} and must not be {now:.500}")
+def load_start(trainer, path, arrays, record, args):
+    """Load what `read_start` found. -> the steps that the run has made"""
+    if path is None:
+        return 0
+    if path != checkpoint_path(args):
+        load_initial_weights(trainer.model, path, arrays, record, args)
+        return 0
+    require_same([*SIZES, "batch_size", "steps", "eager", "classes"], path, record, args)
     load_weights(trainer.model, arrays)
     state = {k.removeprefix("optimizer/"): arrays[k] for k in arrays if k.startswith("optimizer/")}
     set_optimizer_state(trainer, state, record["step"])
     return record["step"]
 
 
-# 5. The command -----------------------------------------------------------------------
+# The command
 
 
 def number(kind, least, most=math.inf):
@@ -456,33 +738,43 @@ def number(kind, least, most=math.inf):
     return parse
 
 
-def parse_arguments(argv=None):
+def path(text):
+    """A type for `add_argument`: in --flag=~/x the shell leaves the ~ as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def parse_arguments(argv=None, has_own_data=False):
     """The command line. Raises UsageError for what cannot go together."""
     parser = argparse.ArgumentParser(description="Train; sizes are those of --model.")
-    parser.error = lambda message: require(False, message)  # `__main__` tells it
-    count, rate, probability = number(int, 1), number(float, 0), number(float, 0, 1)
-    rgb = dict(nargs=3, metavar=tuple("RGB"))
+    parser.error = lambda message: require(False, message)  # `end` tells it
+    count = number(int, 1)
+    rate = number(float, 0)
+    probability = number(float, 0, 1)
+    rgb = dict(nargs=3, metavar=("R", "G", "B"))
     add = parser.add_argument
     add("--data-parallel", type=count, default=1, help="replicas, with a share of a batch each")
     add("--tensor-parallel", type=count, default=1, help="ranks that share each layer")
     add("--pipeline-parallel", type=count, default=1, help="stages, with some layers each")
     add("--shard-params", action="store_true", help="weights split over replicas (ZeRO-3)")
     add("--sequence-parallel", action="store_true", help="tokens split between layers")
-    add("--model", choices=MODELS, metavar="NAME", help="(small) " + ", ".join(MODELS))
-    add("--img-size", type=count)
-    add("--patch-size", type=count)
-    add("--embed-dim", type=count)
-    add("--depth", type=count)
-    add("--num-heads", type=count)
-    add("--num-classes", type=count)
+    add("--model", choices=MODELS, metavar="NAME", help="(a small one) " + ", ".join(MODELS))
+    add("--img-size", type=count, help="height and width of images (that of the model)")
+    add("--patch-size", type=count, help="side of a patch")
+    add("--embed-dim", type=count, help="features of a token")
+    add("--depth", type=count, help="blocks")
+    add("--num-heads", type=count, help="attention heads")
+    add("--num-classes", type=count, help="outputs (as many as the data have classes)")
     add("--layer-norm-eps", type=rate, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
-    add("--data", type=Path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
+    add("--data", type=path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
     add("--no-augment", action="store_true", help="train as validated: resized, cropped")
-    add("--mean", type=number(float, -math.inf), default=[0.485, 0.456, 0.406], **rgb)
-    add("--std", type=number(float, 1e-6), default=[0.229, 0.224, 0.225], **rgb)
+    mean_help = "of the colours, which lie in 0 to 1 (%(default)s)"
+    add("--mean", type=probability, default=[0.485, 0.456, 0.406], help=mean_help, **rgb)
+    std = number(float, 1e-6, 1)
+    add("--std", type=std, default=[0.229, 0.224, 0.225], help="of the colours", **rgb)
     share = number(float, 0.01, 1)
     add("--crop-pct", type=share, default=0.875, help="shown of an image's side (%(default)s)")
-    add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
+    kinds = ("bilinear", "bicubic")
+    add("--interpolation", choices=kinds, default="bilinear", help="when resized (%(default)s)")
     add("--rand-augment", metavar="POLICY", help="such as rand-m9-mstd0.5-inc1")
     add("--random-erasing", type=probability, default=0.0, help="probability (%(default)s)")
     add("--label-smoothing", type=probability, default=0.0, help="share (%(default)s)")
@@ -502,22 +794,45 @@ def parse_arguments(argv=None):
     add("--clip-grad", type=rate, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
     add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
-    add("--seed", type=number(int, 0, 2**62), default=0)
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of weights, masks, order, images")
     add("--eval-every", type=count, help="steps from one validation to the next")
     add("--eval-only", action="store_true", help="no training, only --init-from")
-    add("--output-dir", type=Path, help="where metrics.jsonl and checkpoint.npz go")
+    add("--output-dir", type=path, help="where metrics.jsonl and checkpoint.npz go")
     add("--save-every", type=count, help="steps between checkpoints (an epoch, at least 100)")
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
-    add("--init-from", type=Path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
+    add("--init-from", type=path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
-    mixes_pairs = args.mixup or args.cutmix or args.label_smoothing
+
+    # No flag does nothing in silence.
+    of_images = ["no_augment", "mean", "std", "crop_pct", "interpolation", "rand_augment"]
+    of_images += ["random_erasing", "workers"]
+    needs = {
+        "--data": (args.data or has_own_data, of_images),
+        "augmentation, so no --no-augment": (
+            not args.no_augment, ["rand_augment", "random_erasing"],
+        ),
+        "--output-dir": (args.output_dir, ["resume", "save_every"]),
+        "--init-from": (args.init_from, ["eval_only"]),
+        "a graph, so no --eager": (not args.eager, ["activation_checkpoint"]),
+        "--data-parallel 2 or more": (args.data_parallel > 1, ["shard_params"]),
+        "--tensor-parallel 2 or more": (args.tensor_parallel > 1, ["sequence_parallel"]),
+    }
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for need, (is_met, names) in needs.items():
+        flags = [f"--{name.replace('_', '-')}" for name in given if name in names]
+        require(is_met or not flags, f"{', '.join(flags)}: needs {need}")
+    if args.eval_only:  # which is often put behind the command of a training
+        flags = [f"--{name.replace('_', '-')}" for name in given if name in OF_TRAINING]
+        say(f"no training, so no use for: {' '.join(flags)}")
+    require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
     is_even = args.micro_batch_size % 2 == 0
     error_message = "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even"
-    require(is_even or not mixes_pairs, error_message)
-    require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
-    require(not (args.eager and args.activation_checkpoint), "--activation-checkpoint: not --eager")
-    require(args.output_dir or not args.resume, "--resume needs --output-dir")
-    require(args.init_from or not args.eval_only, "--eval-only needs --init-from")
+    require(is_even or not (args.mixup or args.cutmix or args.label_smoothing), error_message)
+    small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
+    sizes = {"img_size": 224, "mlp_ratio": 4.0, **MODELS.get(args.model, small)}
+    for name, size in sizes.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, size)
     return args
 
 
@@ -529,13 +844,14 @@ def launch(processes, command):
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes))
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
-    libc, ranks = ctypes.CDLL(None), []
+    libc = ctypes.CDLL(None)
+    ranks = []
     for rank in map(str, range(processes)):
         environment.update(RANK=rank, LOCAL_RANK=rank)
         # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: the kernel ends a rank when this process has ended.
         ranks.append(Popen(command, env=environment, preexec_fn=lambda: libc.prctl(1, 9)))
     codes = [None]
-    while None in codes and not any(codes):
+    while None in codes and not any(codes):  # until all have ended, or one badly
         time.sleep(0.05)
         codes = [process.poll() for process in ranks]
     for process in ranks:
@@ -547,178 +863,54 @@ def launch(processes, command):
     return code if code >= 0 else 128 - code  # as a shell has it
 
 
-def open_metrics(folder):
-    """Open metrics.jsonl and lock it, on rank 0. Raises UsageError if another run has the lock.
+def end(kind, error, trace):
+    """The `sys.excepthook` of a run: tell a mistake in one sentence, and end this rank.
 
-    Nothing may open the file again in this process: to close it would free the lock.
+    The exit code is 2 for a user's mistake, else 1.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # latin-1: `cut_metrics` counts characters, and needs bytes.
-    file = open(folder / "metrics.jsonl", "a+", buffering=1, encoding="latin-1")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `flock` would live on in readers
-    except BlockingIOError:
-        raise UsageError(f"another run writes to --output-dir {folder}") from None
-    except OSError as error:
-        say(f"{folder} knows no locks, so nothing keeps a second run away: {error}")
-    return file
+        time.sleep(min(dist.rank, 9))  # all meet a mistake: rank 0 tells it first
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if isinstance(error, UsageError):
+            # What comes from a reader's process has its traceback in front.
+            text = str(error).rpartition("UsageError: ")[2].strip()
+        elif isinstance(error, OSError):
+            text = str(error)
+        print(f"train.py: {text}", file=sys.stderr)
+    finally:
+        # The engine's own end would wait for the other ranks.
+        os._exit(2 if isinstance(error, UsageError) else 1)
 
 
-def cut_metrics(file, last_step):
-    """Cut metrics.jsonl after this step, or where it cannot be read. -> is the step validated?"""
-    size, is_validated = 0, False
-    file.seek(0)
-    for line in file:
-        try:
-            record = json.loads(line)
-            is_kept = record["step"] <= last_step
-        except (ValueError, KeyError, TypeError):  # a kill or a power cut within the line
-            break
-        if not is_kept or not line.endswith("\n"):
-            break
-        size += len(line)
-        is_validated |= record["step"] == last_step and "images" in record
-    file.truncate(size)
-    return is_validated
+def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
+    """Train as the command line says, with classes of your own. It starts the ranks, too.
 
-
-def report(metrics, record, left=None):
-    """A line of metrics.jsonl and, unless `left` is None, one of text that ends with it."""
-    if metrics:
-        print(json.dumps(record), file=metrics)
-    if left is not None:
-        text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
-        say("  ".join(f"{k} {v}" for k, v in text.items()) + left)
-
-
-def main(args):
-    """One run; each rank runs all of it. Raises UsageError for a mistake."""
-    # the mesh and the data
-    small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
-    sizes = {"img_size": 224, **MODELS.get(args.model, small)}
-    sizes.update({name: n for name, n in vars(args).items() if name in sizes and n})
-    mesh = args.data_parallel, args.tensor_parallel, args.pipeline_parallel
-    dist.setup(*mesh, sizes["depth"], args.shard_params, args.sequence_parallel)
-    data_set = FolderImages if args.data else SyntheticImages
-    val = data_set("val", sizes["img_size"], args)
-    train = val if args.eval_only else data_set("train", sizes["img_size"], args)
-    require(train.classes == val.classes, f"--data {args.data}: train and val have other classes")
-    num_classes = args.num_classes or len(val.classes)
-    require(num_classes >= len(val.classes), f"--num-classes: below {len(val.classes)} folders")
-    sizes.update(num_classes=num_classes, layer_norm_eps=args.layer_norm_eps)
-    batch_size = args.data_parallel * args.accumulation_steps * args.micro_batch_size
-    images = 0 if args.eval_only else len(train.targets)
-    per_epoch = images // batch_size
-    require(per_epoch or args.eval_only, f"a batch of {batch_size} is more than {images} images")
-    steps = args.epochs * per_epoch if args.epochs else args.steps or 200
-    flags = {name: value for name, value in vars(args).items() if name != "resume"}
-    alike = {name: value for name, value in flags.items() if not isinstance(value, Path)}
-    alike.update(device=dist.device_type, classes=val.classes)
-    alike.update(targets=[list(train.targets), list(val.targets)])
-    alike.update(files=[getattr(split, "files", None) for split in (train, val)])
-    require_alike(alike)
-
-    # the model
-    mixup, loss_func = None, None
-    if args.mixup or args.cutmix or args.label_smoothing:  # all that makes labels soft
-        loss_func, prob = SoftTargetCrossEntropy(), float(args.mixup > 0 or args.cutmix > 0)
-        smoothing = dict(label_smoothing=args.label_smoothing, num_classes=num_classes)
-        mixup = Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
-    flow.manual_seed(args.seed)  # of the initial weights
-    rates = {name: flags[name] for name in ("drop_rate", "attn_drop_rate", "drop_path_rate")}
-    model = VisionTransformer(**sizes, **rates, loss_func=loss_func)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{draw_mesh(dist)}\n{parameters:,} parameters, {batch_size} images a step, {steps} steps")
-    held = max(map(sum, weights_held(mesh, args.shard_params, **sizes)))
-    size, what = (4, "weights") if args.eval_only else (12, "weights and Adam's states")
-    say(f"the fullest process holds {size * held:,} bytes of {what}")
-    say(f"images: {images} to train, {len(val.targets)} to validate; {num_classes} classes")
-    for split in dict.fromkeys((train, val)):  # one if both are the same
-        for name, n in getattr(split, "left_out", Counter()).most_common(9):
-            say(f"left out of {split.root}: {n} {name}")
-    if args.data and not args.output_dir and not args.eval_only:
-        say("nothing is saved, since there is no --output-dir")
-
-    # the folder of this run, and weights from a file
-    metrics = open_metrics(args.output_dir) if args.output_dir and dist.rank == 0 else None
-    checkpoint = args.output_dir and args.output_dir / "checkpoint.npz"
-    is_saved = checkpoint is not None and checkpoint.exists()
-    require_alike({f"whether {checkpoint} exists": is_saved})
-    may_write = args.resume or args.eval_only or not is_saved
-    cure = "--resume goes on from it, or take another --output-dir"
-    require(may_write, f"{checkpoint} exists: {cure}")
-    run = dict(batch_size=batch_size, steps=steps, sizes=sizes, eager=args.eager)
-    run.update(classes=list(map(str, val.classes)), flags=flags)
-    if args.eval_only:
-        step = load_initial_weights(model, args.init_from, run, args)
-        return report(metrics, dict(step=step, **evaluate(model, val, args)), left="")
-    run["flags"]["images"] = images  # a change of it is told
-    trainer, first_step = Trainer(model, args, steps), 0
-    if is_saved:
-        first_step = load_checkpoint(trainer, checkpoint, run)
-    elif args.init_from:
-        load_initial_weights(model, args.init_from, run, args)
-    is_validated = False
-    if metrics:
-        is_validated = cut_metrics(metrics, first_step if is_saved else -1)
-
-    def validate_if_due(step):
-        if step == steps or args.eval_every and step % args.eval_every == 0:
-            record = dict(step=step, **evaluate(model, val, args), epoch=round(step / per_epoch, 2))
-            report(metrics, record, left="")
-
-    if is_saved and not of_rank_0(is_validated):
-        validate_if_due(first_step)  # a kill can have come between a checkpoint and its validation
-
-    # the loop
-    flow.manual_seed(args.seed + first_step)  # of the masks
-    keys = training_keys(images, batch_size, args, first_step, steps)
-    batches = load_batches(train, keys, args, mixup)
-    save_every, start = args.save_every or max(per_epoch, 100), time.perf_counter()
-    if trainer.graph and first_step < steps:
-        say("compiling the graph: seconds on one process, half a minute on eight")
-    for step, batch in enumerate(batches, first_step + 1):
-        loss, lr = trainer.step(*batch)
-        require(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
-        now = time.perf_counter()
-        record = dict(step=step, loss=loss, lr=lr, epoch=round(step / per_epoch, 2))
-        record["images_per_s"] = round(batch_size / (now - start), 1)
-        left = None
-        if step == first_step + 1:
-            after_first_step, left = now, ""
-        elif step % min(max(steps // 20, 1), 100) == 0:
-            seconds = (now - after_first_step) / (step - first_step - 1) * (steps - step)
-            left = f"  left {timedelta(seconds=int(seconds))}"
-        report(metrics, record, left)
-        if args.output_dir and (step == steps or step % save_every == 0):
-            save_checkpoint(trainer, dict(run, step=step), checkpoint)
-        validate_if_due(step)
-        start = time.perf_counter()
+    model: a class that takes the arguments of VisionTransformer. It has `blocks`, `loss_func` and
+        `no_weight_decay()`. `forward` returns {"losses": scalar} in training when it is given
+        labels, else {"prediction_scores": (b, num_classes)}. It may have `may_be_missing`, parts of
+        the names of weights that --init-from need not have.
+    trainer: a class that inherits from Trainer.
+    data_set: a class, data_set(split, img_size, args) for the splits "train" and "val". It has
+        `classes`, `targets` and `self[epoch, index]`, which is ((epoch, index), image, target). An
+        image is float32, (channels, height, width), and depends on nothing but epoch, index, split
+        and seed. None: FolderImages with --data, else SyntheticImages.
+    score: a function as `score` above.
+    """
+    sys.excepthook = end
+    with contextlib.suppress(AttributeError):  # closed, or Jupyter's
+        # A line is written at once. A name that is not UTF-8 is printed with escapes.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is behind `&` in a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process at once
+    args = parse_arguments(has_own_data=data_set is not None)
+    processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
+    alone = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
+    cure = "this task was not told its rank: README has lines for srun and mpirun"
+    require(not alone, f"{', '.join(alone)}, and {cure}")
+    if processes > 1 and dist.world_size == 1:
+        sys.exit(launch(processes, [sys.executable, *sys.argv]))
+    main(args, model, trainer, data_set, score)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # leaves nothing to write at the end
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process at once
-    try:
-        args = parse_arguments()
-        processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
-        alone = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
-        cure = "this task was not told its rank: README has lines for srun and mpirun"
-        require(not alone, f"{', '.join(alone)}, and {cure}")
-        if processes > 1 and dist.world_size == 1:
-            sys.exit(launch(processes, [sys.executable, *sys.argv]))
-        main(args)
-    except Exception as error:
-        exit_code = 2 if isinstance(error, UsageError) else 1
-        try:
-            time.sleep(min(dist.rank, 9))  # all meet a mistake: rank 0 tells it first
-            text = traceback.format_exc()
-            if isinstance(error, UsageError):
-                # What comes from a reader's process has its traceback in front.
-                text = str(error).rpartition("UsageError: ")[2].strip()
-            elif isinstance(error, OSError):  # its text has the name, but a full disk gives none
-                error.filename = error.filename or args.output_dir and str(args.output_dir)
-                text = str(error)
-            print(f"train.py: {text}", file=sys.stderr)
-        finally:
-            os._exit(exit_code)  # the engine's own end would wait for the other ranks
+    run()

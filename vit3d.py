@@ -32,14 +32,33 @@ import os
 import socket
 import sys
 import time
+import zlib
 
 import numpy as np
 
 # 0. Loading OneFlow 0.9.0: skip this at a first reading ------------------------------------------
 
+TASKS = {}  # how many tasks a launcher has started, by the name of its variable
+
+
+def stop(text):
+    """Tell a mistake, and end."""
+    print(f"vit3d.py: {text}", file=sys.stderr)
+    sys.exit(2)
+
 
 def prepare_for_oneflow():
-    """Set what the engine reads when it is imported. What a user has set stays."""
+    """Read and set what the engine changes or reads at its import. What a user has set stays."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if os.environ.get(name) == "":  # of a launcher's line, under another launcher
+            del os.environ[name]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        cure = "start the ranks by `python -m oneflow.distributed.launch`"
+        stop(f"torchrun keeps MASTER_PORT for itself: {cure}")
+    # srun, mpirun and others set one of these. The engine itself sets WORLD_SIZE.
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
+        if name in os.environ:
+            TASKS[name] = os.environ[name]
     set_default = os.environ.setdefault
     # The engine's search for detours between two sbp aborts on micro-batches of one image.
     set_default("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
@@ -65,29 +84,26 @@ def prepare_for_oneflow():
 def wait_for_rank_0(seconds=60):
     """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine.
 
-    Ends the program with exit code 2 if MASTER_ADDR has no IPv4 address by then. If it has one and
-    nobody listens, the engine waits on, and ends by itself.
+    Ends the program if MASTER_ADDR has no IPv4 address by then. If nobody listens there, the engine
+    waits on, and ends by itself.
     """
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, world_size, address, port = map(os.environ.get, names)
-    if None in (rank, world_size, address, port) or int(rank) < 1:  # the engine sets -1
+    is_told = None not in (rank, world_size, address, port) and int(rank) > 0  # alone it is -1
+    if not is_told or "oneflow" in sys.modules:  # then it has met rank 0, which listens no more
         return
-    if "oneflow" in sys.modules:  # it has met rank 0, which listens no more
-        return
-    deadline, error = time.monotonic() + seconds, None
+    error = None
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with socket.socket() as probe:  # AF_INET, as the engine has no IPv6
-            probe.settimeout(1)
-            try:
-                if probe.connect_ex((address, int(port))) == 0:
-                    return
-                error = None
-            except OSError as no_address:
-                error = no_address
+        try:
+            ip_address = socket.gethostbyname(address)  # the engine has no IPv6
+            socket.create_connection((ip_address, int(port)), timeout=1).close()
+            return
+        except OSError as problem:
+            error = problem
         time.sleep(0.05)
-    if error:
-        print(f"vit3d.py: MASTER_ADDR {address} has no IPv4 address: {error}", file=sys.stderr)
-        sys.exit(2)
+    if isinstance(error, socket.gaierror):
+        stop(f"MASTER_ADDR {address} has no IPv4 address: {error}")
 
 
 prepare_for_oneflow()
@@ -95,7 +111,9 @@ wait_for_rank_0()
 import oneflow as flow
 from oneflow import nn
 
-B, P, S = flow.sbp.broadcast, flow.sbp.partial_sum, flow.sbp.split
+B = flow.sbp.broadcast
+P = flow.sbp.partial_sum
+S = flow.sbp.split
 
 # 1. The mesh ------------------------------------------------------------------------------------
 
@@ -133,7 +151,9 @@ class Dist:
         axis share the tokens between layers. Raises UsageError for a mesh that the processes or
         the layers do not fit, and for a device_type 'cuda' whose GPUs cannot run it.
         """
-        d, t, p = data_parallel_size, tensor_parallel_size, pipeline_parallel_size
+        d = data_parallel_size
+        t = tensor_parallel_size
+        p = pipeline_parallel_size
         require(
             min(d, t, p) >= 1 and d * t * p == self.world_size,
             f"data x tensor x pipeline = {d} x {t} x {p} = {d * t * p} must be the number of"
@@ -250,7 +270,7 @@ class Layer(nn.Module):
         sbp = dist.get_nd_sbp([data_sbp, tensor_axis_sbp])
         return nn.Parameter(distribute(tensor, placement, sbp))
 
-    def gather(self, parameter, tensor_axis_sbp=B):
+    def gather(self, parameter):
         """A parameter as `forward` uses it: [B, tensor_axis_sbp], as given to `new_parameter`.
 
         Without `shard_params` that is how it is stored. With it the replicas hold the weights,
@@ -260,6 +280,7 @@ class Layer(nn.Module):
         """
         if not dist.shard_params:
             return parameter
+        tensor_axis_sbp = parameter.sbp[-1] if dist.tensor_parallel_size > 1 else B
         sbp = dist.get_nd_sbp([B, tensor_axis_sbp])
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
@@ -313,15 +334,15 @@ class Linear(Layer):
         error_message = f"{ranks} tensor-parallel ranks do not divide {features} features"
         require(features % ranks == 0, error_message)
         self.parallel = parallel
-        self.weight_sbp = weight_sbp[parallel]
-        self.bias_sbp = S(0) if parallel == "col" else B
         weight = nn.init.normal_(flow.empty(out_features, in_features), std=0.02)
-        self.weight = self.new_parameter(weight, self.weight_sbp)
+        self.weight = self.new_parameter(weight, weight_sbp[parallel])
         zeros = flow.zeros(out_features)
-        self.bias = self.new_parameter(zeros, self.bias_sbp) if bias else None
+        bias_sbp = S(0) if parallel == "col" else B
+        self.bias = self.new_parameter(zeros, bias_sbp) if bias else None
 
     def forward(self, x):
-        full, hidden = dist.get_nd_sbp([S(0), B]), dist.get_hidden_sbp()
+        full = dist.get_nd_sbp([S(0), B])
+        hidden = dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         # What x and y are, and what their gradients are. The gradient of a "col" Linear's x comes
         # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter. If
@@ -333,9 +354,9 @@ class Linear(Layer):
             "row": (split, split, hidden, full),
         }[self.parallel]
         x = x.to_global(sbp=x_sbp, grad_sbp=x_grad_sbp)
-        y = flow.matmul(x, self.gather(self.weight, self.weight_sbp), transpose_b=True)  # x W^T
+        y = flow.matmul(x, self.gather(self.weight), transpose_b=True)  # x W^T
         y = y.to_global(sbp=y_sbp, grad_sbp=y_grad_sbp)
-        return y if self.bias is None else y + self.gather(self.bias, self.bias_sbp)
+        return y if self.bias is None else y + self.gather(self.bias)
 
 
 class LayerNorm(Layer):
@@ -376,7 +397,8 @@ class Dropout(nn.Module):
     def forward(self, x):
         if self.p == 0 or not self.training:
             return x
-        shape, sbp = self.mask_shape(x), [B] * len(x.sbp)
+        shape = self.mask_shape(x)
+        sbp = [B] * len(x.sbp)
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
         # Each rank keeps the slice that it has of x. It cuts one axis after the other, since both
         # at once abort in the engine where the ranks do not divide a dimension.
@@ -405,7 +427,8 @@ class PatchEmbedding(Layer):
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, *, layer_idx=0):
         super().__init__(layer_idx)
-        height, width = self.img_size = tuple(np.broadcast_to(img_size, 2).tolist())
+        self.img_size = tuple(np.broadcast_to(img_size, 2).tolist())
+        height, width = self.img_size
         error_message = f"patches of side {patch_size} do not divide images of {height} x {width}"
         require(height % patch_size == width % patch_size == 0, error_message)
         self.patch_size = patch_size
@@ -418,9 +441,13 @@ class PatchEmbedding(Layer):
         self.proj.bias = self.new_parameter(flow.empty(embed_dim).uniform_(-bound, bound))
 
     def forward(self, x):
-        (b, c, h, w), p = x.shape, self.patch_size
+        b, c, h, w = x.shape
+        p = self.patch_size
         error_message = f"images of {h} x {w}, the model takes {self.img_size}"
         require((h, w) == self.img_size, error_message)
+        # The engine computes with bytes, off by 0.3, and aborts on float64.
+        error_message = f"images are {x.dtype}: make them float32, as by array.astype(np.float32)"
+        require(x.dtype == self.proj.weight.dtype, error_message)
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (b, c, h, w) -> (b, patches, c p p)
@@ -434,7 +461,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size, ffn_hidden_size, output_dropout_prob=0.0, *, layer_idx=0):
         super().__init__()
-        c, inner = hidden_size, ffn_hidden_size
+        c = hidden_size
+        inner = ffn_hidden_size
         self.dense_h_to_4h = Linear(c, inner, parallel="col", layer_idx=layer_idx)
         self.dense_4h_to_h = Linear(inner, c, parallel="row", layer_idx=layer_idx)
         self.dropout = Dropout(output_dropout_prob)
@@ -457,7 +485,8 @@ class MultiheadAttention(Layer):
         output_dropout_prob=0.0, *, layer_idx=0,
     ):
         super().__init__(layer_idx)
-        heads, ranks = num_attention_heads, dist.tensor_parallel_size
+        heads = num_attention_heads
+        ranks = dist.tensor_parallel_size
         require(hidden_size % heads == 0, f"{heads} heads do not divide {hidden_size} features")
         require(heads % ranks == 0, f"{ranks} tensor-parallel ranks do not divide {heads} heads")
         self.num_heads = heads
@@ -511,25 +540,6 @@ class TransformerLayer(Layer):
 
 
 # 3. The model -----------------------------------------------------------------------------------
-
-MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 2022), table 2
-    "vit_tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
-    "vit_small_patch32_224": dict(patch_size=32, embed_dim=384, depth=12, num_heads=6),
-    "vit_small_patch16_224": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
-    "vit_base_patch32_224": dict(patch_size=32, embed_dim=768, depth=12, num_heads=12),
-    "vit_base_patch16_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "vit_base_patch8_224": dict(patch_size=8, embed_dim=768, depth=12, num_heads=12),
-    "vit_large_patch32_224": dict(patch_size=32, embed_dim=1024, depth=24, num_heads=16),
-    "vit_large_patch16_224": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
-    "vit_huge_patch14_224": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
-    "vit_giant_patch14_224": dict(  # an MLP of 6144
-        patch_size=14, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11
-    ),
-    "vit_gigantic_patch14_224": dict(  # an MLP of 8192
-        patch_size=14, embed_dim=1664, depth=48, num_heads=16, mlp_ratio=64 / 13
-    ),
-}
-
 
 class VisionTransformer(Layer):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
@@ -609,109 +619,6 @@ class VisionTransformer(Layer):
         set_pipeline_stage_id(model)
 
 
-# 4. Weights in and out --------------------------------------------------------------------------
-
-
-def load_weights(model, arrays, may_be_missing=()):
-    """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
-
-    Names with a slash, a checkpoint's other entries, are left out. A weight whose name contains a
-    part given in `may_be_missing`, such as ("head.", "lora_"), stays as it is if it has no array.
-    Raises UsageError that names what is missing, surplus or misshapen.
-    """
-    names = {name for name in arrays.keys() if "/" not in name}
-    parameters = {
-        name: p for name, p in model.named_parameters()
-        if name in names or not any(part in name for part in may_be_missing)
-    }
-    errors = [f"{name} is missing" for name in parameters.keys() - names]
-    errors += [f"{name} is not in the model" for name in names - parameters.keys()]
-    for name in parameters.keys() & names:
-        want, shape = tuple(parameters[name].shape), np.shape(arrays[name])
-        if shape != want:
-            errors.append(f"{name} has shape {shape}, in the model {want}")
-    error_message = f"the weights are of another model: {'; '.join(sorted(errors)):.300}"
-    require(not errors, error_message)
-    for name, parameter in parameters.items():
-        array = np.ascontiguousarray(arrays[name], np.float32)
-        parameter.data.copy_(distribute(flow.tensor(array), parameter.placement, parameter.sbp))
-
-
-TIMM_NAMES = {
-    "input_layernorm": "norm1",
-    "self_attention.query_key_value": "attn.qkv",
-    "self_attention.dense": "attn.proj",
-    "post_attention_layernorm": "norm2",
-    "mlp.dense_h_to_4h": "mlp.fc1",
-    "mlp.dense_4h_to_h": "mlp.fc2",
-}
-
-
-def _swap_rows(array, outer, inner):
-    """(outer x inner x n, ...) -> (inner x outer x n, ...). timm's rows are all q, all k, all v;
-    ours are q, k and v of each head."""
-    array = array.reshape(outer, inner, -1, *array.shape[1:]).swapaxes(0, 1)
-    return array.reshape(-1, *array.shape[3:])
-
-
-def resize_pos_embed(pos_embed, model):
-    """A position embedding (1, 1 + old^2, c) -> that of the model's grid, bicubic as in timm.
-
-    Raises UsageError where it cannot be that of a class token and a square.
-    """
-    from PIL import Image  # flowvision brings it
-    tokens, (height, width) = pos_embed.shape[1], model.patch_embed.grid
-    old = math.isqrt(max(tokens - 1, 0))
-    is_square = old > 0 and tokens == 1 + old * old
-    if tokens == 1 + height * width and (height == width or not is_square):
-        return pos_embed
-    error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
-    require(is_square, error_message)
-    # As many tokens in another form would load without a word.
-    error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
-    require(old * old != height * width, error_message)
-    planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
-    planes = [Image.fromarray(plane).resize((width, height), Image.BICUBIC) for plane in planes]
-    grid = np.stack(planes, -1).reshape(1, height * width, -1)  # c x (old, old) -> (1, h w, c)
-    return np.concatenate([pos_embed[:, :1], grid], 1)
-
-
-def load_timm_state_dict(model, state_dict, may_be_missing=()):
-    """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
-
-    q, k and v, one after the other in timm, go side by side within each head. A position embedding
-    of another grid is interpolated (bicubic, antialiased, class token kept). Otherwise as
-    `load_weights`. Build the model with `layer_norm_eps=1e-6`, timm's value.
-    """
-    heads, arrays = model.blocks[0].self_attention.num_heads, {}
-    for name, value in state_dict.items():
-        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
-        if ".qkv." in name:
-            array = _swap_rows(array, 3, heads)
-        if name == "pos_embed":
-            array = resize_pos_embed(array, model)
-        for ours, theirs in TIMM_NAMES.items():
-            name = name.replace(theirs, ours)
-        arrays[name] = array
-    load_weights(model, arrays, may_be_missing)
-
-
-def to_timm_state_dict(model):
-    """The inverse: full numpy arrays under timm's names. Call it on every rank."""
-    heads, arrays = model.blocks[0].self_attention.num_heads, {}
-    for name, parameter in model.named_parameters():
-        array = full_array(parameter)
-        for ours, theirs in TIMM_NAMES.items():
-            name = name.replace(ours, theirs)
-        if ".qkv." in name:
-            array = _swap_rows(array, heads, 3)
-        arrays[name] = array
-    return arrays
-
-
-# 5. The rest of the mesh: stages in a graph, devices, a picture, memory --------------------------
-
-
 def set_pipeline_stage_id(model):
     """Give each part of a model its pipeline stage; call it in an `nn.Graph`'s __init__.
 
@@ -736,6 +643,136 @@ def set_pipeline_stage_id(model):
         placement = parameter.to(flow.Tensor).placement
         _, _, stage_id = dist.get_coordinates(placement.ranks.flat[0])
         parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
+
+
+# 4. Sizes of the papers, weights in and out -------------------------------------------------------
+
+MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 2022), table 2
+    "vit_tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "vit_small_patch32_224": dict(patch_size=32, embed_dim=384, depth=12, num_heads=6),
+    "vit_small_patch16_224": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "vit_base_patch32_224": dict(patch_size=32, embed_dim=768, depth=12, num_heads=12),
+    "vit_base_patch16_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "vit_base_patch8_224": dict(patch_size=8, embed_dim=768, depth=12, num_heads=12),
+    "vit_large_patch32_224": dict(patch_size=32, embed_dim=1024, depth=24, num_heads=16),
+    "vit_large_patch16_224": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge_patch14_224": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+    "vit_giant_patch14_224": dict(  # an MLP of 6144
+        patch_size=14, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11
+    ),
+    "vit_gigantic_patch14_224": dict(  # an MLP of 8192
+        patch_size=14, embed_dim=1664, depth=48, num_heads=16, mlp_ratio=64 / 13
+    ),
+}
+
+
+def load_weights(model, arrays, may_be_missing=()):
+    """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
+
+    Names with a slash, a checkpoint's other entries, are left out. A weight whose name contains a
+    part given in `may_be_missing`, such as ("head.", "lora_"), stays as it is if it has no array.
+    Raises UsageError that names what is missing, surplus or misshapen, not finite or not a float.
+    """
+    parameters = dict(model.named_parameters())
+    given = {name: np.shape(arrays[name]) for name in arrays.keys() if "/" not in name}
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    errors = []
+    for name in sorted(given.keys() | wanted.keys()):
+        may_lack = name not in given and any(part in name for part in may_be_missing)
+        if given.get(name) != wanted.get(name) and not may_lack:
+            is_here = given.get(name, "missing")
+            errors.append(f"{name} is {is_here} and must be {wanted.get(name, 'left out')}")
+    error_message = f"the weights are of another model: {'; '.join(errors):.300}"
+    require(not errors, error_message)
+    for name in given:
+        array = np.asarray(arrays[name])
+        require(array.dtype.kind == "f", f"{name} is {array.dtype}, and weights must be floats")
+        require(np.isfinite(array).all(), f"{name} is not finite and is not loaded")
+        array = np.ascontiguousarray(array, np.float32)
+        parameter = parameters[name]
+        parameter.data.copy_(distribute(flow.tensor(array), parameter.placement, parameter.sbp))
+
+
+TIMM_NAMES = {
+    "input_layernorm": "norm1",
+    "self_attention.query_key_value": "attn.qkv",
+    "self_attention.dense": "attn.proj",
+    "post_attention_layernorm": "norm2",
+    "mlp.dense_h_to_4h": "mlp.fc1",
+    "mlp.dense_4h_to_h": "mlp.fc2",
+}
+
+
+def timm_name(name):
+    """timm's name of a weight, for ours."""
+    for ours, theirs in TIMM_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _swap_rows(array, outer, inner):
+    """(outer x inner x n, ...) -> (inner x outer x n, ...). timm's rows are all q, all k, all v;
+    ours are q, k and v of each head."""
+    array = array.reshape(outer, inner, -1, *array.shape[1:]).swapaxes(0, 1)
+    return array.reshape(-1, *array.shape[3:])
+
+
+def resize_pos_embed(pos_embed, model):
+    """A position embedding (1, 1 + old^2, c) -> that of the model's grid, bicubic as in timm.
+
+    Raises UsageError where it cannot be that of a class token and a square.
+    """
+    from PIL import Image  # flowvision brings it
+    tokens = pos_embed.shape[1]
+    height, width = model.patch_embed.grid
+    old = math.isqrt(max(tokens - 1, 0))
+    is_square = old > 0 and tokens == 1 + old * old
+    if tokens == 1 + height * width and (height == width or not is_square):
+        return pos_embed
+    error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
+    require(is_square, error_message)
+    # As many tokens in another form would load without a word.
+    error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
+    require(old * old != height * width, error_message)
+    planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
+    planes = [Image.fromarray(plane).resize((width, height), Image.BICUBIC) for plane in planes]
+    grid = np.stack(planes, -1).reshape(1, height * width, -1)  # c x (old, old) -> (1, h w, c)
+    return np.concatenate([pos_embed[:, :1], grid], 1)
+
+
+def load_timm_state_dict(model, state_dict, may_be_missing=()):
+    """Load arrays or tensors under timm's names, which are flowvision's too, on any mesh.
+
+    q, k and v, one after the other in timm, go side by side within each head. A position embedding
+    of another grid is interpolated (bicubic, antialiased, class token kept). Otherwise as
+    `load_weights`. Build the model with `layer_norm_eps=1e-6`, timm's value.
+    """
+    heads = model.blocks[0].self_attention.num_heads
+    our_names = {timm_name(name): name for name, _ in model.named_parameters()}
+    arrays = {}
+    for name, value in state_dict.items():
+        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+        if ".qkv." in name:
+            array = _swap_rows(array, 3, heads)
+        if name == "pos_embed":
+            array = resize_pos_embed(array, model)
+        arrays[our_names.get(name, name)] = array
+    load_weights(model, arrays, may_be_missing)
+
+
+def to_timm_state_dict(model):
+    """The inverse: full numpy arrays under timm's names. Call it on every rank."""
+    heads = model.blocks[0].self_attention.num_heads
+    arrays = {}
+    for name, parameter in model.named_parameters():
+        array = full_array(parameter)
+        if ".query_key_value." in name:
+            array = _swap_rows(array, heads, 3)
+        arrays[timm_name(name)] = array
+    return arrays
+
+
+# 5. The rest of the mesh: devices, a picture, what ranks compare ---------------------------------
 
 
 def why_not_cuda(processes):
@@ -765,37 +802,38 @@ def draw_mesh(mesh):
     return "\n".join(lines)
 
 
-def weights_held(
-    mesh, shard_params=False, img_size=224, patch_size=16, in_chans=3, embed_dim=192, depth=12,
-    mlp_ratio=4.0, num_classes=1000, **others,
-):
-    """How many elements of each weight a rank holds: a list for each stage of the pipeline.
+def of_all_ranks(numbers):
+    """Whole numbers of this rank, (n,) -> those of all ranks, (world_size, n). Call it on all."""
+    placement = flow.placement("cpu", list(range(dist.world_size)))
+    numbers = flow.tensor([numbers], dtype=flow.int64)
+    return full_array(numbers.to_global(placement=placement, sbp=S(0)))
 
-    `mesh` is (data, tensor, pipeline), the rest are arguments of `VisionTransformer`. With Adam's
-    two states an element takes 12 bytes. A formula: it looks at no model and starts no process.
+
+def require_equal_copies(model):
+    """Raise UsageError if ranks that hold the same part of a weight or buffer differ in it.
+
+    An operator that is wrong on shares does that without a word: README, 'Where a PyTorch habit
+    goes wrong'. Call it on every rank. Differences up to 1e-4 of the largest element pass, since
+    processors of two kinds may round copies apart. Weights that `shard_params` splits have no
+    copies.
     """
-    d, t, p = mesh
-    c, inner = embed_dim, int(embed_dim * mlp_ratio)
-    height, width = np.broadcast_to(img_size, 2).tolist()
-    tokens = (height // patch_size) * (width // patch_size) + 1
-    # (shape, the dimension that the tensor axis splits), in the order of the model
-    norm = [((c,), None), ((c,), None)]
-    attention = [((3 * c, c), 0), ((3 * c,), 0), ((c, c), 1), ((c,), None)]
-    mlp = [((inner, c), 0), ((inner,), 0), ((c, inner), 1), ((c,), None)]
-    block = norm + attention + norm + mlp
-    embedding = [((c, in_chans, patch_size, patch_size), None), ((c,), None)]
-    embedding += [((1, 1, c), None), ((1, tokens, c), None)]
-    head = [((num_classes, c), None), ((num_classes,), None)]
-
-    def elements(shape, split):
-        whole = math.prod(shape) // (1 if split is None else t)
-        free = [n for i, n in enumerate(shape) if i != split]  # that the replicas can share
-        return whole // d if shard_params and any(n % d == 0 for n in free) else whole
-
-    stages = [(depth + stage) // p * block for stage in range(p)]
-    stages[0] = embedding + stages[0]
-    stages[-1] = stages[-1] + norm + head
-    return [[elements(*weight) for weight in stage] for stage in stages]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parts = [tensor.detach().to_local() for tensor in tensors.values()]
+    checksums = of_all_ranks([zlib.crc32(part.numpy()) for part in parts])
+    for (name, tensor), part, column in zip(tensors.items(), parts, checksums.T):
+        ranks = tensor.placement.ranks  # of its stage: the mesh, (d, t), or one axis of it
+        sums = column[ranks]
+        whole = [axis for axis, entry in enumerate(tensor.sbp) if entry == B]
+        if all((sums == sums.take([0], axis)).all() for axis in whole):
+            continue
+        # (...) -> (1, ...) -> (copies, ...): B becomes S(0), and S(i) becomes S(i + 1).
+        next_split = {S(i): S(i + 1) for i in range(tensor.ndim)}
+        sbp = [next_split.get(entry, S(0)) for entry in tensor.sbp]
+        copies = full_array(part.unsqueeze(0).to_global(placement=tensor.placement, sbp=sbp))
+        gap = abs(copies - copies[0]).max()
+        error_message = f"the copies of {name} on ranks {ranks.tolist()} differ by {gap:.1e}"
+        cure = "README, 'Where a PyTorch habit goes wrong', has what does that"
+        require(gap <= 1e-4 * abs(copies).max(), f"{error_message}: {cure}")
 
 
-dist = Dist()
+dist = Dist()  # here, since it calls what stands above
