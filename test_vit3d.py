@@ -27,12 +27,14 @@ that are sent and held are others.
 """
 
 import contextlib
+import inspect
 import io
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -62,7 +64,8 @@ import train
 from vit3d import (
     MODELS, B, Dropout, Layer, Linear, MultiheadAttention, P, PatchEmbedding, S,
     TransformerLayer, UsageError, VisionTransformer, batch_to_global, dist, distribute, draw_mesh,
-    flow, full_array, load_timm_state_dict, load_weights, nn, to_timm_state_dict, why_not_cuda,
+    flow, full_array, load_timm_state_dict, load_weights, nn,
+    require_equal_copies, to_timm_state_dict, why_not_cuda,
 )  # fmt: skip
 
 # flowvision's create_transform gives its own Resize an argument that Resize warns about.
@@ -209,8 +212,8 @@ MESHES = sorted({mesh for mesh, *_ in CASES if math.prod(mesh) <= 8})
 TINY = "--img-size 16 --patch-size 4 --embed-dim 32 --depth 2 --num-heads 4".split()
 
 
-class Trainer(train.Trainer):
-    """train.py's own, with another eps. It keeps its losses, and is found as `Trainer.last`."""
+class Recorder:
+    """In front of a trainer class: another eps, and its losses. It is found as `Trainer.last`."""
 
     validations, stop_after = [], None
 
@@ -229,6 +232,10 @@ class Trainer(train.Trainer):
         loss, lr = super().step(*batch)
         self.losses.append(loss)
         return loss, lr
+
+
+class Trainer(Recorder, train.Trainer):
+    """train.py's own."""
 
 
 def run_main(
@@ -253,16 +260,17 @@ def run_main(
     return Trainer.last
 
 
-def train_steps(mesh, on, mode, micro_batches, depth, **own):
+def train_steps(mesh, on, mode, micro_batches, depth, more=(), **own):
     """Train by train.py, on 16 images a step -> {"losses": ..., "validation": ..., weights}."""
-    flags = [*TINY, "--depth", depth, "--data", FOLDER / "images", "--workers", 1]
-    flags += ["--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
+    flags = [*TINY, "--depth", depth, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
+    if "data_set" not in own:
+        flags += ["--data", FOLDER / "images", "--workers", 1, "--num-classes", 16]
     flags += ["--clip-grad", 0.1]  # gradients are longer than that
     for name, size in zip(("data", "tensor", "pipeline"), mesh):
         flags += [f"--{name}-parallel", size]
     flags += ["--accumulation-steps", micro_batches]
     flags += ["--micro-batch-size", 16 // mesh[0] // micro_batches]
-    flags += ON[on].split()  # of a flag that is given twice, the last counts
+    flags += [*ON[on].split(), *more]  # of a flag that is given twice, the last counts
     flags += ["--eager"] if mode == "eager" else []
     useless = {"--activation-checkpoint": mode == "eager"}  # such flags are refused
     useless.update({"--shard-params": mesh[0] == 1, "--sequence-parallel": mesh[1] == 1})
@@ -659,6 +667,8 @@ def test_what_does_not_fit_is_a_usage_error_on_every_rank(mesh):
         ((2,), lambda: Dropout(1.0), r"must lie in \[0, 1\)"),
         ((2,), lambda: VisionTransformer(img_size=30), "patches of side 16 do not divide"),
         ((2,), lambda: PatchEmbedding(8, 4)(batch_to_global(PIXELS, 0)), "images of 16 x 16, .* 8"),
+        ((2,), lambda: PatchEmbedding(16, 4)(batch_to_global(PIXELS.astype("u1"), 0)),
+         "images are oneflow.uint8: make them float32"),
     ):
         dist.setup(*arguments or (2,))
         with pytest.raises(UsageError, match=message):
@@ -850,6 +860,35 @@ def test_an_image_that_is_not_of_8_bits_is_refused_by_name(tmp_path, kind, form)
     images = train.FolderImages("val", 16, train.parse_arguments(["--data", str(tmp_path)]))
     with pytest.raises(UsageError, match=rf"{path} cannot be read.*: mode (I|I;16|F) is not of 8"):
         images[0, images.samples.index((str(path), 0))]
+
+
+def test_a_pipe_among_images_and_a_folder_that_cannot_be_read_are_told():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        make_folder(Path(folder), dict(val=1))
+        (Path(folder) / "val/class0/0.png").unlink()
+        os.mkfifo(f"{folder}/val/class0/0.png")
+        args = train.parse_arguments(["--data", folder])
+        with pytest.raises(UsageError, match="val/class0/0.png cannot be read.*: it is no file"):
+            train.FolderImages("val", 16, args)[0, 0]
+        os.chmod(folder, 0o755)
+        os.mkdir(f"{folder}/val/class1/more", mode=0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read all
+        try:
+            with pytest.raises(UsageError, match="Permission denied: .*/val/class1/more"):
+                train.FolderImages("val", 16, args)
+        finally:
+            os.seteuid(user)
+
+
+def test_targets_that_are_no_classes_are_refused_unless_score_or_loss_is_of_your_own():
+    class FromOne(ImagesOfOnesOwn):
+        targets = [1, 2] * 8
+
+    flags = [*TINY, "--eager", "--steps", 1, "--micro-batch-size", 8, "--workers", 1]
+    with pytest.raises(UsageError, match=r"target \[2\] is not one of the classes 0 to 1"):
+        run_main(*flags, data_set=FromOne)
+    run_main(*flags, data_set=FromOne, score=lambda logits, targets: dict(mean=targets))
 
 
 def test_an_epoch_has_each_sample_once_in_an_order_of_its_own_and_validation_other_noise():
@@ -1203,12 +1242,36 @@ def test_a_rank_waits_for_rank_0_and_without_its_address_it_ends(monkeypatch):
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith("vit3d.py: MASTER_ADDR no-such-host.invalid has no IPv4 address")
+    run = train_py(TORCHELASTIC_USE_AGENT_STORE="True")
+    assert run.returncode == 2
+    assert run.stderr.startswith("vit3d.py: torchrun keeps MASTER_PORT for itself: start the ranks")
+
+
+def test_empty_variables_a_closed_output_and_odd_names_do_not_stop_a_run(tmp_path):
+    make_folder(tmp_path / "images", dict(train=2, val=1))
+    os.mkdir(os.fsencode(tmp_path) + b"/images/val/@\xff")
+    shell = f"{sys.executable} {HERE}/train.py {' '.join(TINY)} --eager --steps 1 --data images"
+    shell += " --micro-batch-size 6 --workers 1 --output-dir"
+    environment = {**CLEAN, "RANK": "", "WORLD_SIZE": ""}
+    for command in (f"{shell} open > text", f"{shell} closed >&-"):
+        run = subprocess.run(command, shell=True, cwd=tmp_path, env=environment)
+        assert run.returncode == 0
+    assert len(metrics(tmp_path / "open")) == len(metrics(tmp_path / "closed")) == 2
+    text = (tmp_path / "text").read_text()
+    assert "left out of images/val: 1 @\\udcff/" in text
+    with mock.patch.dict(os.environ, HOME="/home/me"):
+        args = train.parse_arguments(["--output-dir=~/x", "--data=~/y", "--init-from=~/z"])
+    assert [str(p) for p in (args.output_dir, args.data, args.init_from)] == [
+        "/home/me/x", "/home/me/y", "/home/me/z"]
 
 
 class ImagesOfOnesOwn(train.Dataset):
     """A data set that seeds the engine for each image, as a transform of its may."""
 
     classes, targets = [0, 1], [0, 1] * 8
+
+    def __init__(self, *arguments):
+        pass
 
     def __getitem__(self, key):
         flow.manual_seed(key[1])
@@ -1265,11 +1328,15 @@ def test_the_whole_program_of_the_readme_prints_the_same_on_2x2x2_and_on_one_pro
 def test_the_readmes_program_for_a_trained_model_names_the_classes_of_images(tmp_path):
     make_folder(tmp_path, dict(train=8, val=1))
     flags = "--micro-batch-size 24 --steps 9 --lr 0.01 --eager --mean 0.3 0.3 0.3 --std 0.2 0.2 0.2"
+    flags += " --num-classes 5"
     run_main(*TINY, *flags.split(), "--data", tmp_path, "--output-dir", tmp_path / "out")
     assert Trainer.validations[0][1] == 1
     paths = sorted(tmp_path.glob("val/*/*.png"))
     lines = [f"{path} {path.parent.name}" for path in paths]
     assert run_program(tmp_path, PREDICT, *paths) == lines and len(lines) == 3
+    Image.fromarray(np.full((8, 8), 999, "u2")).save(paths[0])
+    with pytest.raises(AssertionError, match=f"{paths[0]} is not of 8 bits"):
+        run_program(tmp_path, PREDICT, paths[0])
 
 
 def test_the_readmes_table_of_defaults_is_what_train_py_does():
@@ -1379,6 +1446,17 @@ def test_a_pipeline_that_ended_goes_on_as_a_tensor_axis_and_is_validated_as_eith
     np.testing.assert_allclose(Trainer.validations, validation, atol=1e-5)
 
 
+def test_a_signal_that_the_shell_ignores_stays_ignored(tmp_path):
+    """A shell starts what stands before `&` in a script so: Ctrl-C is for what runs in front."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run, _ = start(tmp_path / "out", *TINY, "--steps", 9999, "--eager")
+    signal.signal(signal.SIGINT, handler)
+    run.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(timeout=0.5)
+    run.kill()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_a_signal_to_the_command_ends_all_processes(tmp_path, name):
     run, children = start(tmp_path / "out", *TINY, "--data-parallel", 2, "--steps", 9999, "--eager")
@@ -1444,6 +1522,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_one_before(tmp_path)
         train.save_checkpoint(trainer, {}, tmp_path / "checkpoint.npz")
     assert done == ["unfinished.npz", "unfinished.npz replaces checkpoint.npz", tmp_path.name]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.npz"]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.npz").symlink_to("disk/far.npz")  # it stays a link
+    train.save_checkpoint(trainer, {}, tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink() and len(np.load(tmp_path / "disk/far.npz")) > 20
     before = (tmp_path / "checkpoint.npz").read_bytes()
     trainer.model.head.bias.data.copy_(trainer.model.head.bias * math.inf)  # 0 * inf is nan
     with pytest.raises(UsageError, match="head.bias is not finite and is not saved"):
@@ -1540,6 +1622,11 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     assert checkpoint.read_bytes() == before
     record = json.loads(str(np.load(checkpoint)["run/record"]))
     assert record["lr"] == 0.001 and record["mean"] == [0.485, 0.456, 0.406]
+    old = {name: record[name] for name in ("step", "steps", "classes", "batch_size", "eager")}
+    old.update(flags=dict(record, steps=None, img_size=None), sizes=record)
+    old = {**np.load(checkpoint), "run/record": json.dumps(old)}
+    np.savez(checkpoint, **old)  # as older ones are
+    assert run_main(*flags, "--eager", "--resume").losses == []
     damaged = bytearray(before)
     damaged[len(damaged) // 3] ^= 1  # one bit
     checkpoint.write_bytes(damaged)
@@ -1598,11 +1685,33 @@ def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told
     of_three = [*TINY, "--data", tmp_path, "--num-classes", 12, "--eval-only", "--init-from", path]
     with pytest.raises(UsageError, match="its head has 12 classes, --data 3"):
         run_main(*of_three)
+    for value, message in (
+        (np.ones(32, "i1"), "norm.bias is int8, and weights must be floats"),
+        (np.full(32, np.nan), "norm.bias is not finite and is not loaded"),
+    ):
+        save_file({**weights, "norm.bias": value}, path)
+        with pytest.raises(UsageError, match=message):
+            run_main(*run, path)
     for tokens in (0, 1, 16, 18):  # none, no patch, no class token, one more for distillation
         half["pos_embed"] = np.zeros((1, tokens, 32), "f2")
         save_file(half, path)
         with pytest.raises(UsageError, match=f"pos_embed of {tokens} tokens is not a class token"):
             run_main(*run, path)
+
+
+def test_weights_of_timm_for_classes_in_timms_order_keep_no_head(tmp_path, capsys):
+    make_folder(tmp_path, dict(train=2, val=1))
+    for split, (old, new) in itertools.product(("train", "val"), [(0, 1), (1, 2), (2, 10)]):
+        (tmp_path / split / f"class{old}").rename(tmp_path / split / f"{new}")
+    dist.setup()
+    weights = to_timm_state_dict(VisionTransformer(16, 4, 3, 32, 2, 4, num_classes=3))
+    save_file(weights, tmp_path / "a.safetensors")
+    flags = [*TINY, "--data", tmp_path, "--init-from", tmp_path / "a.safetensors"]
+    message = "its head may have timm's order of classes, such as 1, 2, 10, and here"
+    with pytest.raises(UsageError, match=message):
+        run_main(*flags, "--eval-only")
+    run_main(*flags, "--eager", "--steps", 1, "--micro-batch-size", 6, "--workers", 1)
+    assert message in capsys.readouterr().out
 
 
 def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp_path):
@@ -1974,7 +2083,111 @@ def test_weights_without_adapters_load_and_only_adapters_and_the_head_learn():
     load_weights(adapted, noisy, may_be_missing=("lora_",))  # what is there is loaded
     for name, weight in full_weights(adapted).items():
         np.testing.assert_allclose(weight, noisy[name], atol=1e-6)
-# 10. The proof as a table -------------------------------------------------------------------------
+
+
+class IndexedLoss(nn.Module):
+    """A cross entropy as one writes it in PyTorch. The gradient of indexing is wrong on shares."""
+
+    def forward(self, logits, labels):
+        rows = flow.arange(len(labels), placement=labels.placement, sbp=labels.sbp)
+        return -flow.log_softmax(logits, dim=-1)[rows, labels].mean()
+
+
+class Indexed(VisionTransformer):
+    def __init__(self, **options):
+        super().__init__(**{**options, "loss_func": IndexedLoss()})
+
+
+@on_meshes(((2, 1, 1),))
+def test_copies_that_differ_end_a_run_before_it_saves(mesh):
+    folder = FOLDER / "copies"
+    flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 1, "--output-dir", folder]
+    message = "the copies of .* on ranks .0, 1. differ by .*: README, 'Where a PyTorch habit"
+    with pytest.raises(UsageError, match=message):
+        run_main(*flags, model=Indexed)
+    assert not (folder / "checkpoint.npz").exists()
+    model = new_model(1)
+    require_equal_copies(model)
+    on_mesh = dict(placement=dist.get_layer_placement(0), sbp=[B])
+    model.norm_of_batch = nn.BatchNorm1d(3).to_global(**on_mesh)
+    model.norm_of_batch.train()(batch_to_global(PIXELS[4 * dist.rank :][:4, :, 0, 0], 0))
+    with pytest.raises(UsageError, match="the copies of norm_of_batch.running_mean"):
+        require_equal_copies(model)
+    del model.norm_of_batch
+    flow.manual_seed(dist.rank)
+    model.order = nn.Parameter(flow.randperm(9, **on_mesh).to(flow.float32))
+    with pytest.raises(UsageError, match="the copies of order"):
+        require_equal_copies(model)
+    model.order = nn.Parameter(distribute(flow.ones(9) + 1e-6 * dist.rank, **on_mesh))
+    require_equal_copies(model)  # machines of two kinds may round apart
+
+
+# 10. The proof for a model of your own: python test_vit3d.py mine.py ------------------------------
+
+OWN_MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
+
+
+def read_own(path):
+    """What a file of yours gives to `train.run` -> arguments for `run_main`."""
+    own = {}
+    signature = inspect.signature(train.run)
+
+    def record(*args, **kwargs):
+        own.update(signature.bind(*args, **kwargs).arguments)
+
+    with mock.patch.object(train, "run", record):
+        runpy.run_path(str(path), run_name="__main__")
+    own["trainer"] = type("Own", (Recorder, own.get("trainer", train.Trainer)), {})
+    return own
+
+
+def train_mine(mesh, mode, micro_batches):
+    path, *flags = json.loads(os.environ["VIT3D_MINE"])
+    return train_steps(mesh, "own", mode, micro_batches, 2, more=flags, **read_own(path))
+
+
+def compare_mine(mesh, mode):
+    """-> the largest difference of losses, of weights, and the first weight that differs."""
+    want = np.load(FOLDER / f"mine-{mode}.npz")
+    got = train_mine(mesh, mode, 2)
+    gaps = {name: float(abs(got[name] - want[name]).max()) for name in got}
+    losses, _ = gaps.pop("losses"), gaps.pop("validation")
+    first = next((name for name, gap in gaps.items() if not gap < 1e-5), "")
+    return losses, max(gaps.values()), first
+
+
+for own_mesh, own_mode in itertools.product(OWN_MESHES, ("eager", "graph")):
+    case = (own_mesh, own_mode)
+    BODIES[math.prod(own_mesh)][f"mine[{case_id(*case)}]"] = compare_mine, case
+
+
+def print_proof_of_mine(path, flags, processes):
+    """A row for each mesh and mode: is it as one process, and if not, what differs?"""
+    os.environ["VIT3D_MINE"] = json.dumps([str(Path(path).resolve()), *flags])
+    print("mesh   mode   loss     weight   (largest differences from one process)", flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        set_folder(Path(folder))
+        for mode in ("eager", "graph"):
+            np.savez(FOLDER / f"mine-{mode}.npz", **train_mine((1, 1, 1), mode, 1))
+            print_row("1x1x1", mode, None, compare_mine((1, 1, 1), mode))
+        for n in processes:
+            names = [name for name in BODIES[n] if name.startswith("mine[")]
+            for name, ranks in start_ranks(n, names).items():
+                errors = [error for error, _ in ranks if error]
+                print_row(*name[5:-1].split("-"), errors, ranks[0][1])
+
+
+def print_row(mesh, mode, errors, differences):
+    if errors:
+        text = errors[0].strip().splitlines()[-1]
+    else:
+        losses, weights, first = differences
+        text = f"{losses:<9.1e}{weights:<9.1e}{first and f'DIFFERS, first in {first}'}"
+        text = text if first or losses > 1e-5 else text + "as one process"
+    print(f"{mesh:<7}{mode:<7}{text}", file=sys.__stdout__, flush=True)
+
+
+# 11. The proof as a table -------------------------------------------------------------------------
 
 
 def print_proof(processes):
@@ -2005,5 +2218,9 @@ def print_proof(processes):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         run_bodies(sys.argv[2:])
+    elif sys.argv[1:2] and sys.argv[1].endswith(".py"):
+        own_file, *more = sys.argv[1:]  # a number of processes, then flags of train.py
+        own_processes = [int(more.pop(0))] if more and more[0].isdigit() else [2, 8]
+        print_proof_of_mine(own_file, more, own_processes)
     else:
         print_proof([int(sys.argv[1])] if sys.argv[1:] else [2, 4, 8])

@@ -900,8 +900,10 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
     with contextlib.suppress(AttributeError):  # closed, or Jupyter's
         # A line is written at once. A name that is not UTF-8 is printed with escapes.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is behind `&` in a script
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process at once
+    # The engine has set a handler of its own. Ctrl-C is to end a process at once, or, where it is
+    # ignored, as before `&` in a script, not at all. (Python still knows what it was at the start.)
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     args = parse_arguments(has_own_data=data_set is not None)
     processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
     alone = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
