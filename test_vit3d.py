@@ -2015,6 +2015,38 @@ class WithAverage(Trainer):
         return result
 
 
+class Muon(flow.optim.SGD):
+    """Steps of matrices have singular values near 1; other weights move by their momentum.
+
+    An optimizer of one's own, for eager mode: a graph knows the engine's alone. Source: Jordan et
+    al., 2024, kellerjordan.github.io/posts/muon.
+    """
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group.parameters:
+                state = self._state[p]
+                state["m"] = 0.9 * state.get("m", 0) + p.grad  # in the sbp of the weight
+                move = state["m"]
+                if p.ndim == 2:  # it needs the whole matrix; elementwise optimizers do not
+                    move = self.orthogonal(move.to_global(sbp=[B] * len(p.sbp)))
+                p.data.copy_(p - group["lr"] * move.to_global(sbp=p.sbp))
+
+    def orthogonal(self, x):
+        x = x / ((x * x).sum().sqrt() + 1e-7)
+        for _ in range(5):  # Newton and Schulz: U diag(s) V^T -> U diag(near 1) V^T
+            xx = flow.matmul(x, x, transpose_b=True)
+            x = 3.4445 * x + flow.matmul(-4.775 * xx + 2.0315 * flow.matmul(xx, xx), x)
+        return x
+
+
+class WithMuon(Trainer):
+    def __init__(self, model, args, steps):
+        super().__init__(model, args, steps)
+        self.optimizer = Muon([dict(params=list(model.parameters()))], lr=args.lr)
+        self.scheduler = train.lr_scheduler.CosineDecayLR(self.optimizer, steps)
+
+
 OWN = {
     # kind: model, trainer, and how much the tensor axis sends, in all-reduces of (b, n, c)
     # 6 a block: forward one for each "row", backward one for each "col". Where k and v are "data",
@@ -2037,6 +2069,8 @@ def train_own(mesh, kind, mode, micro_batches):
 def make_own_references():
     for kind in OWN:
         np.savez(FOLDER / f"{kind}.npz", **train_own((1, 1, 1), kind, "eager", 1))
+    muon = train_steps((1, 1, 1), "own", "eager", 1, 2, trainer=WithMuon)
+    np.savez(FOLDER / "muon.npz", **muon)
 
 
 @on_meshes(*itertools.product([(2, 1, 1), (1, 2, 1), (1, 1, 2)], OWN))
@@ -2048,6 +2082,56 @@ def test_a_model_of_your_own_trains_as_on_one_process(mesh, kind):
         tokens = 18 if kind == "modern" else 17
         all_reduce = 2 * 4 * 16 * tokens * 32  # bytes, for 16 images and 32 features
         assert bytes_by_axis(plan)["tensor"] == OWN[kind][2] * all_reduce
+
+
+@on_meshes(((1, 2, 1),))
+def test_an_optimizer_of_your_own_trains_as_on_one_process(mesh):
+    got = train_steps(mesh, "own", "eager", 2, 2, trainer=WithMuon)
+    differences(got, np.load(FOLDER / "muon.npz"))
+
+
+MINE = """
+import numpy as np
+from train import Dataset, SyntheticImages, Trainer, VisionTransformer, run
+
+class Mine(VisionTransformer):
+    def no_weight_decay(self):
+        print("the model is mine")
+        return {"pos_embed"}
+
+class MyTrainer(Trainer):
+    def step(self, *batch):
+        loss, lr = super().step(*batch)
+        print("so is the trainer")
+        return loss, lr
+
+class MyImages(Dataset):
+    def __init__(self, split, img_size, args):
+        self.classes = ["dark", "light"]
+        self.targets = [0, 1] * 8
+        self.img_size = img_size
+
+    def __getitem__(self, key):
+        target = self.targets[key[1]]
+        return key, np.full((3, self.img_size, self.img_size), target, np.float32), target
+
+def my_score(logits, targets):
+    return {"mean_target": targets}
+
+if __name__ == "__main__":
+    run(model=Mine, trainer=MyTrainer, data_set=MyImages, score=my_score)
+"""
+
+
+def test_run_trains_classes_of_your_own_from_a_file_of_your_own(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    flags = [*TINY, "--data-parallel", "2", "--eager", "--steps", "1", "--micro-batch-size", "4"]
+    command = [sys.executable, "mine.py", *flags, "--workers", "1", "--output-dir", "out"]
+    environment = {**CLEAN, "PYTHONPATH": str(HERE)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("so is the trainer") == 2 <= run.stdout.count("the model is mine")
+    assert metrics(tmp_path / "out")[1] == dict(step=1, mean_target=0.5, images=16, epoch=0.5)
 
 
 def test_rates_and_averages_are_what_their_names_say():
