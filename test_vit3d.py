@@ -1299,7 +1299,7 @@ def test_sequence_parallelism_needs_a_token_for_each_rank(mesh):
 
 
 README = (HERE / "README.md").read_text()
-TWO, YOURS, _, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
+TWO, YOURS, OWN_FILE, _, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
 
 
 def run_program(folder, program, *arguments, processes=1):
@@ -2124,6 +2124,8 @@ if __name__ == "__main__":
 
 
 def test_run_trains_classes_of_your_own_from_a_file_of_your_own(tmp_path):
+    (tmp_path / "short.py").write_text(OWN_FILE)
+    assert read_own(tmp_path / "short.py")["model"].__name__ == "Mine"
     (tmp_path / "mine.py").write_text(MINE)
     flags = [*TINY, "--data-parallel", "2", "--eager", "--steps", "1", "--micro-batch-size", "4"]
     command = [sys.executable, "mine.py", *flags, "--workers", "1", "--output-dir", "out"]
