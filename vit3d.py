@@ -294,14 +294,14 @@ def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x, (..., c)."""
     if x.placement.type == "cuda":  # nobody has run this line yet
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
-    # On the CPU the engine has no layer_norm kernel. Averages and spreading are matrix products,
-    # since adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
+    # On the CPU the engine has no layer_norm kernel. Sums and spreading are matrix products, since
+    # adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
     c = x.shape[-1]
-    like_weight = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)
-    ones = flow._C.global_constant((1, c), 1.0, **like_weight)
-    average = flow._C.global_constant((c, 1), 1 / c, **like_weight)
-    x = x - flow.matmul(flow.matmul(x, average), ones)  # (..., c) -> (..., 1) -> (..., c)
-    variance = flow.matmul(x.square(), average)
+    where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)
+    ones = flow._C.global_constant((c, 1), 1.0, **where)
+    minus_mean = flow.matmul(x, ones, alpha=-1 / c)  # (..., c) -> (..., 1)
+    x = x + flow.matmul(minus_mean, ones, transpose_b=True)  # (..., 1) -> (..., c)
+    variance = flow.matmul(x.square(), ones, alpha=1 / c)
     scale = flow.matmul(flow.rsqrt(variance + eps), weight.reshape(1, -1))
     return x * scale + bias
 
