@@ -619,30 +619,29 @@ class VisionTransformer(Layer):
         set_pipeline_stage_id(model)
 
 
-def set_pipeline_stage_id(model):
+def set_pipeline_stage_id(model, stage_id=None):
     """Give each part of a model its pipeline stage; call it in an `nn.Graph`'s __init__.
 
     `model` is the graph's own, `self.model`. A module has the stage of its `layer_idx`; one without
-    has that of the module around it. A parameter has the stage of its placement.
+    has that of the module around it, `stage_id`.
 
     With stage ids the engine moves the input of each module to its stage. It also puts buffers
     between the stages, for what the backward pass will need. So a stage can begin a micro-batch
     before the one ahead of it has come back: 1F1B.
     """
-    # In a graph modules and parameters are proxies: `to(nn.Module)` gives the original,
-    # `to(nn.graph.GraphModule)` what the compiler keeps of it. The engine moves all inputs of a
-    # module that has a stage. So the model itself gets none: its images belong to the first stage
-    # and its labels to the last.
-    for module in model.modules():
+    # In a graph modules are proxies: `to(nn.Module)` gives the original, `to(nn.graph.GraphModule)`
+    # what the compiler keeps of it. The engine moves all inputs of a module that is given a stage.
+    # So the model itself is given none: its images belong to the first stage and its labels to the
+    # last. Nor are the parts of a block: each would cost an operator forward and one backward.
+    for module in model.children():
         layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
-        if layer_idx is not None and module is not model:
-            stage_id = dist.get_layer_stage_id(layer_idx)
+        stage_of_module = stage_id
+        if layer_idx is not None:
+            stage_of_module = dist.get_layer_stage_id(layer_idx)
+        if stage_of_module != stage_id:
             placement = dist.get_layer_placement(layer_idx)
-            module.to(nn.graph.GraphModule).set_stage(stage_id, placement)
-    for parameter in model.parameters():
-        placement = parameter.to(flow.Tensor).placement
-        _, _, stage_id = dist.get_coordinates(placement.ranks.flat[0])
-        parameter.to(nn.graph.GraphTensor).set_stage(stage_id, placement)
+            module.to(nn.graph.GraphModule).set_stage(stage_of_module, placement)
+        set_pipeline_stage_id(module, stage_of_module)
 
 
 # 4. Sizes of the papers, weights in and out -------------------------------------------------------
