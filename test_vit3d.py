@@ -76,7 +76,6 @@ FOLDER = Path(os.environ.get("VIT3D_TEST_FOLDER", "."))  # what pytest's process
 # 1. A first test, and how it runs on two processes ------------------------------------------------
 
 BODIES = {2: {}, 4: {}, 8: {}, 16: {}, 32: {}}  # number of processes -> name -> body
-MIMALLOC = "cmeel.prefix/lib/libmimalloc.so"
 
 
 def case_id(mesh, *more):
@@ -144,10 +143,7 @@ def run_bodies(names):
 def start_ranks(n, names):
     """Run bodies on n processes -> {name: [(error, value) of each rank]}."""
     os.environ["GLOG_log_dir"] = str(FOLDER / f"log-{n}")  # where rank 0 writes plans
-    # With this malloc the ranks compile their graphs in two thirds of the time.
-    mimalloc = [str(path) for folder in sys.path for path in Path(folder).glob(MIMALLOC)]
-    with mock.patch.dict(os.environ, LD_PRELOAD=":".join(mimalloc)):
-        train.launch(n, [sys.executable, __file__, "run", *names])
+    train.launch(n, [sys.executable, __file__, "run", *names])
     results, logs = {name: [] for name in names}, ""
     for rank in range(n):
         lines = (FOLDER / f"{n}-{rank}.jsonl").read_text().splitlines()
@@ -1207,6 +1203,14 @@ def test_ranks_see_no_proxy_and_know_that_they_have_one_core(monkeypatch):
     program = "import os, sys; e = os.environ; sys.exit(any('_proxy' in k.lower() for k in e)"
     program += " or e['OMP_NUM_THREADS'] != '1' or (e['RANK'], e['WORLD_SIZE']) != ('0', '1'))"
     assert train.launch(1, [sys.executable, "-c", program]) == 0
+
+
+def test_ranks_have_mimalloc_unless_something_else_is_preloaded(monkeypatch):
+    program = "import sys; sys.exit('mimalloc' not in open('/proc/self/maps').read())"
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert train.launch(1, [sys.executable, "-c", program]) == 0
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert train.launch(1, [sys.executable, "-c", program]) == 1
 
 
 def test_tasks_that_were_started_together_and_not_told_their_ranks_are_refused():

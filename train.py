@@ -844,6 +844,9 @@ def launch(processes, command):
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes))
     environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
+    # A third of compiling is malloc and free, and mimalloc's are faster.
+    mimalloc = [f"{folder}/cmeel.prefix/lib/libmimalloc.so" for folder in sys.path]
+    environment.setdefault("LD_PRELOAD", ":".join(filter(os.path.exists, mimalloc)))
     libc = ctypes.CDLL(None)
     ranks = []
     for rank in map(str, range(processes)):
