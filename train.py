@@ -76,6 +76,7 @@ class TrainGraph(nn.Graph):
         self.model = trainer.model
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
+        self.config.allow_fuse_model_update_ops(True)  # clipping is a part of each weight's update
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         set_pipeline_stage_id(self.model)
