@@ -77,6 +77,9 @@ class TrainGraph(nn.Graph):
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
         self.config.allow_fuse_model_update_ops(True)  # clipping is a part of each weight's update
+        if dist.device_type == "cpu":  # NCCL and casts of half precision: not looked for
+            flow.boxing.nccl.enable_use_compute_stream(False)  # accumulation has switched it on
+            self.config.proto.do_parallel_cast_before_widening_type_cast = False
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         set_pipeline_stage_id(self.model)
