@@ -159,7 +159,7 @@ class Trainer:
             total = total + losses.detach()
         self.grad_norm = clip_grad_norm(self.model.parameters(), self.args.clip_grad or 1e9)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         return total
 
 
