@@ -178,6 +178,11 @@ class Dist:
         require(self.device_type in ("cpu", "cuda"), f"{device_type!r} must be 'cpu' or 'cuda'")
         can_run = self.device_type == "cpu" or not self.no_cuda
         require(can_run, f"device_type 'cuda' cannot run, take 'cpu': {self.no_cuda}")
+        # An axis of size 1 is left out of a placement, and of an sbp. If both are of size 1, one
+        # stays.
+        shape = [size for size in (d, t) if size > 1] or [1]
+        stages = [self.ranks[:, :, stage].reshape(shape).tolist() for stage in range(p)]
+        self.stage_placements = [flow.placement(self.device_type, ranks) for ranks in stages]
 
     def get_coordinates(self, rank=None):
         """(replica, tensor_rank, stage) of a rank; of this process if none is given."""
@@ -194,13 +199,9 @@ class Dist:
         require(-layers <= layer_idx < layers, error_message)
         return self.layer_stage_ids[layer_idx]
 
-    # An axis of size 1 is left out of a placement, and of an sbp. If both are of size 1, one stays.
-
     def get_layer_placement(self, layer_idx):
         """The `flow.placement` of a layer: all ranks of its stage, as a mesh of one or two axes."""
-        ranks = self.ranks[:, :, self.get_layer_stage_id(layer_idx)]
-        ranks = ranks if min(ranks.shape) > 1 else ranks.flatten()
-        return flow.placement(self.device_type, ranks.tolist())
+        return self.stage_placements[self.get_layer_stage_id(layer_idx)]
 
     def get_nd_sbp(self, sbp_list):
         """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
