@@ -2027,6 +2027,8 @@ class Muon(flow.optim.SGD):
     def step(self):
         for group in self.param_groups:
             for p in group.parameters:
+                if p.grad is None:
+                    continue
                 state = self._state[p]
                 state["m"] = 0.9 * state.get("m", 0) + p.grad  # in the sbp of the weight
                 move = state["m"]

@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from vit3d import B, P, VisionTransformer, batch_to_global, dist, flow, full_array, nn, require
-from vit3d import require_equal_copies, set_pipeline_stage_id
+from vit3d import VisionTransformer, batch_to_global, clip_grad_norm, dist, flow, full_array, nn
+from vit3d import require, require_equal_copies, set_pipeline_stage_id
 from oneflow.optim import lr_scheduler
 from oneflow.utils.data import DataLoader, Dataset
 
@@ -163,33 +163,6 @@ class Trainer:
         return total
 
 
-def clip_grad_norm(parameters, max_norm):
-    """Scale all gradients so that their common norm is at most max_norm. -> the norm before that
-
-    Each rank adds up the squares of its own parts of the gradients. Of a part that several ranks
-    hold alike, each counts its share. One number from each rank is all that is sent.
-    """
-    sizes = [size for size in dist.ranks.shape[:2] if size > 1]  # of the axes that an sbp names
-    parts = []
-    copies = []
-    for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.to_local().numel() > 0:
-            parts.append(parameter.grad.to_local())  # shares the gradient's memory
-            copies.append(math.prod(n for n, sbp in zip(sizes, parameter.grad.sbp) if sbp == B))
-    squares = 0.0
-    if parts:
-        norms = flow.stack([flow.linalg.vector_norm(part) for part in parts])
-        squares = (norms.numpy().astype(np.float64) ** 2 / copies).sum()
-    all_ranks = flow.placement("cpu", list(range(dist.world_size)))
-    squares = flow.tensor([squares], dtype=flow.float64).to_global(placement=all_ranks, sbp=P)
-    norm = math.sqrt(full_array(squares)[0])
-    scale = max_norm / (norm + 1e-6)  # as a graph clips
-    if scale < 1:
-        for part in parts:
-            part.mul_(scale)
-    return norm
-
-
 class SyntheticImages(Dataset):
     """Class-dependent patterns of 4 x 4 cells under noise, (3, img_size, img_size)."""
 
@@ -301,7 +274,7 @@ from subprocess import Popen
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vit3d import MODELS, TASKS, UsageError, distribute, draw_mesh, load_timm_state_dict
+from vit3d import B, MODELS, TASKS, UsageError, distribute, draw_mesh, load_timm_state_dict
 from vit3d import load_weights, of_all_ranks, resize_pos_embed
 from flowvision import datasets
 from flowvision.data import Mixup, create_transform

@@ -839,4 +839,31 @@ def require_equal_copies(model):
         require(gap <= 1e-4 * abs(copies).max(), f"{error_message}: {cure}")
 
 
+def clip_grad_norm(parameters, max_norm):
+    """Scale all gradients so that their common norm is at most max_norm. -> the norm before that
+
+    Each rank adds up the squares of its own parts of the gradients. Of a part that several ranks
+    hold alike, each counts its share. One number from each rank is all that is sent.
+    """
+    sizes = [size for size in dist.ranks.shape[:2] if size > 1]  # of the axes that an sbp names
+    parts = []
+    copies = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.to_local().numel() > 0:
+            parts.append(parameter.grad.to_local())  # shares the gradient's memory
+            copies.append(math.prod(n for n, sbp in zip(sizes, parameter.grad.sbp) if sbp == B))
+    squares = 0.0
+    if parts:
+        norms = flow.stack([flow.linalg.vector_norm(part) for part in parts])
+        squares = (norms.numpy().astype(np.float64) ** 2 / copies).sum()
+    all_ranks = flow.placement("cpu", list(range(dist.world_size)))
+    squares = flow.tensor([squares], dtype=flow.float64).to_global(placement=all_ranks, sbp=P)
+    norm = math.sqrt(full_array(squares)[0])
+    scale = max_norm / (norm + 1e-6)  # as a graph clips
+    if scale < 1:
+        for part in parts:
+            part.mul_(scale)
+    return norm
+
+
 dist = Dist()  # here, since it calls what stands above
