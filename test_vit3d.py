@@ -179,29 +179,34 @@ def launched(tmp_path_factory, request):
 # 2. Every mesh trains as one process does ---------------------------------------------------------
 
 ON = {  # what is on: the flags of train.py
-    "nothing": "",
+    "plain": "",
     "zero": "--shard-params",
     "sequence": "--sequence-parallel",
     "checkpoint": "--activation-checkpoint",
+    "all": "--shard-params --sequence-parallel --activation-checkpoint",
     "own": "--steps 4",  # section 9
     "everything": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1"
     " --shard-params --sequence-parallel --activation-checkpoint"
     " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 5",
 }
-TABLE = [
+TABLE = [  # all rows but "everything" are of exact arithmetic
     # what is on   mode   micro-batches  meshes: data x tensor x pipeline
-    ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
-    ("everything", "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 10 alone
-    ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
-    ("nothing",    "graph", 2, "2x1x1 1x2x1 1x1x2"),
-    ("nothing",    "graph", 1, "1x4x1"),
-    ("nothing",    "eager", 1, "4x1x1 1x4x1 1x1x4 1x4x2 2x1x4"),
-    ("zero",       "graph", 2, "2x1x1"),
+    ("plain",      "graph", 2, "2x1x1 1x2x1 1x1x2"),
     ("sequence",   "graph", 2, "1x2x1"),
+    ("zero",       "graph", 2, "2x1x1 2x1x2"),
+    ("checkpoint", "graph", 4, "1x2x2"),
     ("sequence",   "graph", 8, "2x2x1"),  # micro-batches of one image for each replica
-    ("checkpoint", "graph", 2, "1x2x1"),
+    ("plain",      "graph", 1, "1x4x1"),
+    ("all",        "graph", 4, "4x1x1 1x1x4"),
+    ("all",        "graph", 2, "2x2x2"),
+    ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 10 alone
+    ("plain",      "eager", 1, "4x1x1 1x4x1 1x1x4 2x2x2"),
+    ("all",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
+    ("all",        "eager", 4, "4x1x1 1x4x2 2x1x4"),
+    ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
+    ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
 ]  # fmt: skip
-CASES = [  # of the tests: ((2, 1, 1), "everything", "graph", 2), and so on
+CASES = [  # of the tests: ((2, 1, 1), "plain", "graph", 2), and so on
     (tuple(map(int, mesh.split("x"))), on, mode, micro_batches)
     for on, mode, micro_batches, meshes in TABLE
     for mesh in meshes.split()
@@ -232,7 +237,10 @@ class Trainer(train.Trainer):
         return loss, lr
 
 
-def run_main(*flags, stop_after=None, model=VisionTransformer, trainer=Trainer):
+def run_main(
+    *flags, stop_after=None, model=VisionTransformer, trainer=Trainer,
+    data_set=train.SyntheticImages,
+):
     """Run train.py's `main` here, with the Trainer above; return that trainer.
 
     `stop_after`: the step after which this process is interrupted, before it would do the next.
@@ -245,16 +253,15 @@ def run_main(*flags, stop_after=None, model=VisionTransformer, trainer=Trainer):
 
     evaluate_of_train, Trainer.validations = train.evaluate, []
     Trainer.stop_after = stop_after
-    with mock.patch.multiple(train, VisionTransformer=model, Trainer=trainer, evaluate=evaluate):
+    own = dict(VisionTransformer=model, Trainer=trainer, SyntheticImages=data_set)
+    with mock.patch.multiple(train, evaluate=evaluate, **own):
         train.main(train.parse_arguments(list(map(str, flags))))
     return Trainer.last
 
 
-def train_steps(mesh, on, mode, micro_batches, depth, **own):
-    """Train by train.py, on 16 images a step -> {"losses": ..., "validation": ..., weights}."""
-    flags = [*TINY, "--depth", depth, "--data", FOLDER / "images", "--workers", 1]
-    flags += ["--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
-    flags += ["--clip-grad", 0.1]  # gradients are longer than that
+def flags_of(mesh, on, mode, micro_batches):
+    """The flags that a mesh, with what is on, needs for 16 images a step."""
+    flags = [*TINY, "--num-classes", 16, "--lr", 0.005, "--weight-decay", 0.5, "--steps", 2]
     for name, size in zip(("data", "tensor", "pipeline"), mesh):
         flags += [f"--{name}-parallel", size]
     flags += ["--accumulation-steps", micro_batches]
@@ -262,10 +269,113 @@ def train_steps(mesh, on, mode, micro_batches, depth, **own):
     flags += ON[on].split()  # of a flag that is given twice, the last counts
     if mode == "eager":
         flags = [flag for flag in flags if flag != "--activation-checkpoint"] + ["--eager"]
-    trainer = run_main(*flags, **own)
+    return flags
+
+
+def train_steps(mesh, on, mode, micro_batches, depth, **own):
+    """Train by train.py, on 16 images a step -> {"losses": ..., "validation": ..., weights}."""
+    flags = ["--depth", depth, "--data", FOLDER / "images", "--workers", 1]
+    flags += ["--clip-grad", 0.1]  # gradients are longer than that
+    trainer = run_main(*flags_of(mesh, on, mode, micro_batches), *flags, **own)
     weights = {name: full_array(weight) for name, weight in trainer.model.named_parameters()}
     validation = np.array(Trainer.validations)
     return {"losses": np.array(trainer.losses), "validation": validation, **weights}
+
+
+# Exact arithmetic: where all numbers are whole multiples of a power of two, and small, each sum is
+# the same in any order. So a mesh has the bits of one process, and no tolerance hides a mistake.
+# Three functions of one process's arithmetic are replaced. Moves, shares, masks and sums stay.
+
+
+def whole(x, dim=None):
+    """x rounded to -1, 0 or 1, with the gradient of x, in place of GELU and softmax."""
+    return x + (x.clamp(-1, 1).round() - x).detach()
+
+
+def whole_norm(x, weight, bias, eps):
+    return whole(x) * weight + bias
+
+
+class LogitOfLabel(nn.Module):
+    """The mean of the logits of the labels: 16 images make it a sum of sixteenths."""
+
+    def forward(self, logits, labels):
+        return flow.gather(logits, 1, labels.unsqueeze(1)).mean()
+
+
+class WholeImages(train.SyntheticImages):
+    """16 images whose pixels are -1, 0 or 1."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.targets = self.targets[:16]
+
+    def __getitem__(self, key):
+        key, image, target = super().__getitem__(key)
+        return key, image.clip(-1, 1).round(), target
+
+
+class Exact(VisionTransformer):
+    """Weights of -1, 0 and 1, of which a row of a block's matrices has one or two that are not 0.
+
+    So nothing grows beyond 24 bits. Each dropout drops one half, which makes the others twice as
+    large. In eager mode `outputs` has what the layers gave in training, in their order.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**{**options, "loss_func": LogitOfLabel()})
+        rng, arrays = np.random.default_rng(0), {}
+        for name, weight in self.named_parameters():
+            share = 0.5 if weight.numel() < 4096 else 2 / weight.shape[1]
+            arrays[name] = rng.integers(-1, 2, weight.shape) * (rng.random(weight.shape) < share)
+        load_weights(self, arrays)
+        self.outputs = {}
+        for name, part in self.named_modules():
+            if isinstance(part, Dropout):
+                part.p = 0.5
+            if isinstance(part, Layer) and part is not self:
+                part.register_forward_hook(lambda part, _, y, name=name: self.keep(part, name, y))
+
+    def keep(self, part, name, y):
+        if part.training:
+            self.outputs[f"output {len(self.outputs)}, of {name},"] = y.detach()
+
+
+def exact_step(mesh, on, mode, micro_batches, depth):
+    """One step in exact arithmetic -> {what is computed: a global tensor}, in its order."""
+    flags = ["--depth", depth, "--embed-dim", 64, "--clip-grad", 0, "--steps", 1]
+    flags = [*flags_of(mesh, on, mode, micro_batches), *flags]
+    replaced = mock.patch.multiple(flow, gelu=whole, softmax=whole)
+    with replaced, mock.patch.object(vit3d, "layer_norm", whole_norm):
+        trainer = run_main(*flags, model=Exact, data_set=WholeImages)
+    got = trainer.model.outputs
+    got["the loss"] = flow.tensor(trainer.losses).to_global(placement=train.all_ranks(), sbp=B)
+    weights = dict(reversed([*trainer.model.named_parameters()]))  # as the backward pass goes
+    state = train.get_optimizer_state(trainer)
+    for kind in ("exp_avg", "exp_avg_sq") if mode == "eager" else "mv":
+        got.update({f"Adam's {kind} of {name}": state[f"model.{name}-{kind}"] for name in weights})
+    return {**got, **weights}
+
+
+def holds(tensor, array):
+    """Does this process hold its part, to the bit, of a tensor that should be this array?"""
+    ranks = np.array(tensor.placement.ranks)
+    for axis, i in enumerate(np.argwhere(ranks == dist.rank).flatten()):
+        for split in range(array.ndim):
+            if tensor.sbp[axis] == S(split):
+                array = np.array_split(array, ranks.shape[axis], split)[i]
+    return dist.rank not in ranks or np.array_equal(tensor.to_local().numpy(), array)
+
+
+def check_each_bit(got, want):
+    """Each process compares what it holds. All of them name what differs first, and where."""
+    assert [*got] == [*want]
+    same = [holds(tensor, want[name]) for name, tensor in got.items()]
+    first = flow.tensor([[*same, False].index(False)])  # len(got) if all are the same
+    firsts = full_array(first.to_global(placement=train.all_ranks(), sbp=S(0))).tolist()
+    rank, first = firsts.index(min(firsts)), min(firsts)
+    place = "rank {} (replica {}, tensor rank {}, stage {})".format(rank, *dist.get_coordinates(rank))
+    assert first == len(got), f"{[*got][first]} differs on {place} from that of one process"
 
 
 def make_folder(root, per_class):
@@ -292,17 +402,22 @@ def set_folder(folder):
 
 def reference_of(mesh, on, mode, micro_batches):
     """What one process runs, for a mesh to be held against: on, mode, micro-batches, depth."""
-    if on != "everything":  # the others change where things lie; a graph computes as eager mode
-        return "nothing", "eager", 1, mesh[2]  # each stage has a block
-    # Eager mode draws other masks than a graph, and others for each number of micro-batches.
-    # Stochastic depth begins at the second block.
-    return on, mode, micro_batches if mode == "eager" else 1, max(2, mesh[2])
+    # Eager mode draws other masks than a graph, and others for each number of micro-batches. Its
+    # AdamW rounds otherwise, too. With real functions a graph is held against eager mode
+    parts = micro_batches if mode == "eager" else 1
+    if on == "everything":
+        return on, mode, parts, max(2, mesh[2])  # stochastic depth begins at the second block
+    return "plain", mode, parts, mesh[2]  # each stage has a block
 
 
 def make_references(cases):
     """Train on one process what these cases are held against, and save it."""
     for reference in sorted({reference_of(*case) for case in cases}):
-        np.savez(FOLDER / f"{reference}.npz", **train_steps((1, 1, 1), *reference))
+        if reference[0] == "everything":
+            arrays = train_steps((1, 1, 1), *reference)
+        else:
+            arrays = {k: full_array(t) for k, t in exact_step((1, 1, 1), *reference).items()}
+        np.savez(FOLDER / f"{reference}.npz", **arrays)
 
 
 def differences(got, want):
@@ -325,14 +440,19 @@ def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on
     reference = reference_of(mesh, on, mode, parts)
     want, depth = np.load(FOLDER / f"{reference}.npz"), reference[-1]
     with the_plan() as (plan, weights, others):
-        got = train_steps(mesh, on, mode, parts, depth)
-    largest, moved = differences(got, want), None
+        step = train_steps if on == "everything" else exact_step
+        got = step(mesh, on, mode, parts, depth)
+    largest, moved, c = {"losses": 0, "": 0}, None, 64
+    if on == "everything":
+        largest, c = differences(got, want), 32
+    else:
+        check_each_bit(got, want)
     if dist.rank == 0 and mode == "graph":
         flags = [f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation")]
         moved = bytes_by_axis(plan)
-        formula = bytes_by_formula(mesh, parts, depth, *flags)
+        formula = bytes_by_formula(mesh, parts, depth, c, *flags)
         assert moved == formula, (moved, formula)
-        sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=depth, num_classes=16)
+        sizes = dict(img_size=16, patch_size=4, embed_dim=c, depth=depth, num_classes=16)
         stages = weights_held(mesh, flags[0], **sizes)
         stage_ids = [dist.get_coordinates(rank)[2] for rank in range(dist.world_size)]
         formula = [12 * sum(stages[stage_id]) for stage_id in stage_ids]
@@ -410,10 +530,10 @@ def bytes_by_axis(plan):
     return moved
 
 
-def bytes_by_formula(mesh, micro_batches, depth, zero, sequence, checkpoint):
-    """What `bytes_by_axis` must be for `train_steps`: README, 'What a mesh sends ...'."""
+def bytes_by_formula(mesh, micro_batches, depth, c, zero, sequence, checkpoint):
+    """What `bytes_by_axis` must be for 16 images a step: README, 'What a mesh sends ...'."""
     d, t, p = mesh
-    m, c, classes = micro_batches, 32, 16
+    m, classes = micro_batches, 16
     x = 4 * (16 // d // m) * 17 * c  # the tokens of a micro-batch of a replica
     moved = dict.fromkeys(("data", "tensor", "data and tensor", "pipeline"), 0)
     moves = 8 * depth + 2 * sequence + 4 * depth * checkpoint  # checkpointing repeats the forward
