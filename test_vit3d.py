@@ -189,20 +189,22 @@ ON = {  # what is on: the flags of train.py
     " --shard-params --sequence-parallel --activation-checkpoint"
     " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 5",
 }
-TABLE = [  # all rows but "everything" are of exact arithmetic
+TABLE = [
     # what is on   mode   micro-batches  meshes: data x tensor x pipeline
+    # in exact arithmetic, on each mesh up to 2x2x2, with every dropout
     ("plain",      "graph", 2, "2x1x1 1x2x1 1x1x2"),
-    ("sequence",   "graph", 2, "1x2x1"),
+    ("plain",      "graph", 1, "1x4x1 1x4x2 2x1x4"),
+    ("zero",       "graph", 1, "4x1x1"),
     ("zero",       "graph", 2, "2x1x1 2x1x2"),
-    ("checkpoint", "graph", 4, "1x2x2"),
+    ("sequence",   "graph", 2, "1x2x1"),
     ("sequence",   "graph", 8, "2x2x1"),  # micro-batches of one image for each replica
-    ("plain",      "graph", 1, "1x4x1"),
-    ("all",        "graph", 4, "4x1x1 1x1x4"),
+    ("checkpoint", "graph", 4, "1x2x2 1x1x4"),
     ("all",        "graph", 2, "2x2x2"),
     ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 10 alone
     ("plain",      "eager", 1, "4x1x1 1x4x1 1x1x4 2x2x2"),
     ("all",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2"),
     ("all",        "eager", 4, "4x1x1 1x4x2 2x1x4"),
+    # with the real functions, AdamW, clipping, Mixup and so on
     ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
     ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
 ]  # fmt: skip
@@ -237,10 +239,7 @@ class Trainer(train.Trainer):
         return loss, lr
 
 
-def run_main(
-    *flags, stop_after=None, model=VisionTransformer, trainer=Trainer,
-    data_set=train.SyntheticImages,
-):
+def run_main(*flags, stop_after=None, model=VisionTransformer, trainer=Trainer):
     """Run train.py's `main` here, with the Trainer above; return that trainer.
 
     `stop_after`: the step after which this process is interrupted, before it would do the next.
@@ -253,8 +252,7 @@ def run_main(
 
     evaluate_of_train, Trainer.validations = train.evaluate, []
     Trainer.stop_after = stop_after
-    own = dict(VisionTransformer=model, Trainer=trainer, SyntheticImages=data_set)
-    with mock.patch.multiple(train, evaluate=evaluate, **own):
+    with mock.patch.multiple(train, VisionTransformer=model, Trainer=trainer, evaluate=evaluate):
         train.main(train.parse_arguments(list(map(str, flags))))
     return Trainer.last
 
@@ -282,22 +280,26 @@ def train_steps(mesh, on, mode, micro_batches, depth, **own):
     return {"losses": np.array(trainer.losses), "validation": validation, **weights}
 
 
-# Exact arithmetic: where all numbers are whole multiples of a power of two, and small, each sum is
-# the same in any order. So a mesh has the bits of one process, and no tolerance hides a mistake.
-# Three functions of one process's arithmetic are replaced. Moves, shares, masks and sums stay.
+# Exact arithmetic: where all numbers are whole multiples of 1/16 and below 2^20, each sum is the
+# same in any order. So a mesh has the bits of one process, and no tolerance hides a mistake. Three
+# functions that a process computes alone are replaced. Moves, shares, masks and sums stay.
+
+ADAM = {"graph": ("m", "v"), "eager": ("exp_avg", "exp_avg_sq")}  # names of its two states
 
 
 def whole(x, dim=None):
-    """x rounded to -1, 0 or 1, with the gradient of x, in place of GELU and softmax."""
+    """x rounded to -1, 0 or 1, with the gradient of x."""
     return x + (x.clamp(-1, 1).round() - x).detach()
 
 
-def whole_norm(x, weight, bias, eps):
-    return whole(x) * weight + bias
+def in_exact_arithmetic(function):
+    """The function, within which GELU, softmax and layer norm give whole numbers."""
+    norm = mock.patch.object(vit3d, "layer_norm", lambda x, w, b, eps: whole(x) * w + b)
+    return norm(mock.patch.multiple(flow, gelu=whole, softmax=whole)(function))
 
 
 class LogitOfLabel(nn.Module):
-    """The mean of the logits of the labels: 16 images make it a sum of sixteenths."""
+    """A loss: the mean of the logits of the labels."""
 
     def forward(self, logits, labels):
         return flow.gather(logits, 1, labels.unsqueeze(1)).mean()
@@ -316,20 +318,19 @@ class WholeImages(train.SyntheticImages):
 
 
 class Exact(VisionTransformer):
-    """Weights of -1, 0 and 1, of which a row of a block's matrices has one or two that are not 0.
+    """Its weights are -1, 0 and 1, one or two in a row of a block's matrices, as sums grow slowly.
 
-    So nothing grows beyond 24 bits. Each dropout drops one half, which makes the others twice as
-    large. In eager mode `outputs` has what the layers gave in training, in their order.
+    Each dropout has p 0.5, which doubles what it keeps. `outputs` has what the layers gave in
+    eager training, in their order. (A graph calls no hooks.)
     """
 
     def __init__(self, **options):
         super().__init__(**{**options, "loss_func": LogitOfLabel()})
-        rng, arrays = np.random.default_rng(0), {}
+        rng, arrays, self.outputs = np.random.default_rng(0), {}, {}
         for name, weight in self.named_parameters():
             share = 0.5 if weight.numel() < 4096 else 2 / weight.shape[1]
             arrays[name] = rng.integers(-1, 2, weight.shape) * (rng.random(weight.shape) < share)
         load_weights(self, arrays)
-        self.outputs = {}
         for name, part in self.named_modules():
             if isinstance(part, Dropout):
                 part.p = 0.5
@@ -341,24 +342,23 @@ class Exact(VisionTransformer):
             self.outputs[f"output {len(self.outputs)}, of {name},"] = y.detach()
 
 
+@in_exact_arithmetic
 def exact_step(mesh, on, mode, micro_batches, depth):
-    """One step in exact arithmetic -> {what is computed: a global tensor}, in its order."""
+    """Train one step by train.py -> {what it computes: a global tensor}, in its order."""
     flags = ["--depth", depth, "--embed-dim", 64, "--clip-grad", 0, "--steps", 1]
-    flags = [*flags_of(mesh, on, mode, micro_batches), *flags]
-    replaced = mock.patch.multiple(flow, gelu=whole, softmax=whole)
-    with replaced, mock.patch.object(vit3d, "layer_norm", whole_norm):
-        trainer = run_main(*flags, model=Exact, data_set=WholeImages)
+    with mock.patch.object(train, "SyntheticImages", WholeImages):
+        trainer = run_main(*flags_of(mesh, on, mode, micro_batches), *flags, model=Exact)
     got = trainer.model.outputs
     got["the loss"] = flow.tensor(trainer.losses).to_global(placement=train.all_ranks(), sbp=B)
     weights = dict(reversed([*trainer.model.named_parameters()]))  # as the backward pass goes
     state = train.get_optimizer_state(trainer)
-    for kind in ("exp_avg", "exp_avg_sq") if mode == "eager" else "mv":
+    for kind in ADAM[mode]:
         got.update({f"Adam's {kind} of {name}": state[f"model.{name}-{kind}"] for name in weights})
     return {**got, **weights}
 
 
 def holds(tensor, array):
-    """Does this process hold its part, to the bit, of a tensor that should be this array?"""
+    """Does this process hold its part of this array, to the bit, as the tensor's sbp says?"""
     ranks = np.array(tensor.placement.ranks)
     for axis, i in enumerate(np.argwhere(ranks == dist.rank).flatten()):
         for split in range(array.ndim):
@@ -373,7 +373,7 @@ def check_each_bit(got, want):
     same = [holds(tensor, want[name]) for name, tensor in got.items()]
     first = flow.tensor([[*same, False].index(False)])  # len(got) if all are the same
     firsts = full_array(first.to_global(placement=train.all_ranks(), sbp=S(0))).tolist()
-    rank, first = firsts.index(min(firsts)), min(firsts)
+    first, rank = min(zip(firsts, range(dist.world_size)))
     place = "rank {} (replica {}, tensor rank {}, stage {})".format(rank, *dist.get_coordinates(rank))
     assert first == len(got), f"{[*got][first]} differs on {place} from that of one process"
 
@@ -436,17 +436,19 @@ def new_model(depth):
 
 @on_meshes(*CASES)
 def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on, mode, parts):
-    """Returns what section 10 prints: the largest differences and, on rank 0 for a graph, bytes."""
+    """Returns what section 10 prints: how equal it is and, on rank 0 for a graph, the bytes."""
     reference = reference_of(mesh, on, mode, parts)
     want, depth = np.load(FOLDER / f"{reference}.npz"), reference[-1]
     with the_plan() as (plan, weights, others):
         step = train_steps if on == "everything" else exact_step
         got = step(mesh, on, mode, parts, depth)
-    largest, moved, c = {"losses": 0, "": 0}, None, 64
     if on == "everything":
         largest, c = differences(got, want), 32
+        equal = f"loss {largest.pop('losses'):.1e}, weights {max(largest.values()):.1e}"
     else:
         check_each_bit(got, want)
+        equal, c = "equal to the bit", 64
+    moved = None
     if dist.rank == 0 and mode == "graph":
         flags = [f"--{flag}" in ON[on] for flag in ("shard", "sequence", "activation")]
         moved = bytes_by_axis(plan)
@@ -463,7 +465,23 @@ def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on
         assert buffers == (mesh[2] > 1 and parts > 1)
         # The formulas leave out scalars, such as the norm of the gradients: they are few.
         assert sum(4 * times for *_, times, elements in plan if elements == 1) < 2000
-    return largest.pop("losses"), max(largest.values()), moved
+    return equal, moved
+
+
+@in_exact_arithmetic
+def test_exact_arithmetic_is_exact_and_no_gradient_is_0():
+    dist.setup()
+    images = WholeImages("train", 16, train.parse_arguments(["--num-classes", "16"]))
+    batch = batch_to_global(np.stack([images[0, i][1] for i in range(16)]), 0)
+    sizes = dict(img_size=16, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=16)
+    model = Exact(**sizes).train()
+    flow.manual_seed(0)
+    loss = model(batch, batch_to_global(np.arange(16), -1))["losses"]
+    loss.backward()
+    gradients = {f"gradient of {name}": w.grad for name, w in model.named_parameters()}
+    for name, tensor in {**model.outputs, "loss": loss, **gradients}.items():
+        sixteenths = 16 * full_array(tensor).astype(float)
+        assert (sixteenths % 1 == 0).all() and 0 < abs(sixteenths).max() < 2**24, name
 
 
 # 3. Every mesh moves and holds what the formulas say ----------------------------------------------
@@ -1027,8 +1045,14 @@ def test_sizes_are_those_of_the_papers():
     assert len(MODELS) == 11
 
 
-@on_meshes(((1, 1, 2), 0), ((1, 2, 1), 0.1), ((2, 2, 1), 0), ((1, 2, 2), 0.1))
-def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(mesh, smoothing):
+@on_meshes(
+    ((1, 1, 2), 0, "graph"), ((1, 2, 1), 0.1, "eager"), ((2, 2, 1), 0, "eager"),
+    ((1, 2, 2), 0.1, "eager"),
+)  # fmt: skip
+def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(
+    mesh, smoothing, mode
+):
+    """The gradient is ten times Adam's first state after a step in two micro-batches."""
     def compute(weights):
         theirs.load_state_dict({k: flow.tensor(w) for k, w in weights.items()})
         logits = theirs(flow.tensor(PIXELS[:4].astype(float))).numpy()
@@ -1043,13 +1067,14 @@ def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(me
     assert all(np.array_equal(start[k], w) for k, w in to_timm_state_dict(model).items())
     mine = np.split(np.arange(4), mesh[0])[dist.get_coordinates()[0]]  # this replica's share
     images = batch_to_global(PIXELS[mine], 0)
-    labels = batch_to_global(targets[mine] if smoothing else mine, -1)
     logits = full_array(model.eval()(images)["prediction_scores"])
-    loss = model.train()(images, labels)["losses"]
-    loss.backward()
+    flags = ["--accumulation-steps", "2", "--clip-grad", "0", *["--eager"] * (mode == "eager")]
+    trainer = train.Trainer(model, train.parse_arguments(flags), 2)
+    loss, _ = trainer.step(PIXELS[mine], targets[mine] if smoothing else mine)
     np.testing.assert_allclose(logits, compute(start)[0], atol=2e-6)
-    np.testing.assert_allclose(full_array(loss), compute(start)[1], atol=2e-6)
-    gradients, rng = full_weights(model, lambda w: w.grad), np.random.default_rng(1)
+    np.testing.assert_allclose(loss, compute(start)[1], atol=2e-6)
+    state, rng = train.get_optimizer_state(trainer), np.random.default_rng(1)
+    gradients = {name: 10 * full_array(state[f"model.{name}-{ADAM[mode][0]}"]) for name in full_weights(model)}
     way = {name: rng.standard_normal(g.shape) for name, g in gradients.items()}
     load_weights(model, way)
     move = to_timm_state_dict(model)
@@ -2048,28 +2073,27 @@ def test_weights_without_adapters_load_and_only_adapters_and_the_head_learn():
 
 
 def print_proof(processes):
-    """A row for each mesh and mode: differences from one process, bytes by plan and by formula."""
-    print("Trained with", ON["everything"], "(--activation-checkpoint: graph alone)")
-    print("mesh   mode   loss     weight   bytes sent along data, tensor, pipeline; bytes held")
-    cases = [case for case in CASES if case[1] == "everything" and math.prod(case[0]) in processes]
+    """A row for each case: how equal it is to one process, bytes by plan and by formula."""
+    for on in ("all", "everything"):
+        print(f"{on}:", ON[on], "(--activation-checkpoint: graph alone)")
+    print("bytes: sent along data, tensor, pipeline; held; of other buffers")
     with tempfile.TemporaryDirectory() as folder:
+        names = {n: [name for name, (_, case) in BODIES[n].items() if case in CASES] for n in processes}
         with contextlib.redirect_stdout(io.StringIO()):
             set_folder(Path(folder))
-            make_references(cases)
+            make_references([BODIES[n][name][1] for n in processes for name in names[n]])
         for n in processes:
-            names = [name for name, (_, case) in BODIES[n].items() if case in cases]
-            for name, ranks in start_ranks(n, names).items():
-                mesh, _, mode, _ = name.partition("[")[2].split("-")
+            for name, ranks in start_ranks(n, names[n]).items():
+                mesh, on, mode, parts = name.partition("[")[2].strip("]").split("-")
                 errors = [error for error, _ in ranks if error]
                 if errors:
-                    sys.exit(f"{mesh} {mode}: NOT AS ONE PROCESS OR AS THE FORMULAS\n{errors[0]}")
-                loss, weight, moved = ranks[0][1]
-                text = f"{mesh:<7}{mode:<7}{loss:<9.1e}{weight:<9.1e}"
+                    sys.exit(f"{mesh} {on} {mode}: NOT AS ONE PROCESS OR AS THE FORMULAS\n{errors[0]}")
+                equal, moved = ranks[0][1]
+                text = f"{mesh:<7}{on:<11}{mode:<6}{parts:<2}{equal}"
                 if moved:
                     sizes = (f"{moved[axis]:,}" for axis in ("data", "tensor", "pipeline"))
-                    text += f"{' '.join(sizes)}; {moved['weights']:,}: as the formulas say"
-                    text += f" (other buffers {moved['others']:,})"
-                print(text.rstrip(), flush=True)
+                    text += f"; {' '.join(sizes)}; {moved['weights']:,}; {moved['others']:,}"
+                print(text, flush=True)
 
 
 if __name__ == "__main__":
