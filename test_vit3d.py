@@ -668,6 +668,27 @@ def test_blocks_lie_on_the_stages_that_were_asked_for(mesh):
         assert getattr(graph.model, name).to(nn.graph.GraphModule).stage_id == stage, name
 
 
+@on_meshes(*((mesh,) for mesh in [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]))
+def test_the_norm_of_all_gradients_is_numpys_and_clipping_brings_them_to_it(mesh):
+    dist.setup(*mesh, 2, shard_params=mesh == (2, 2, 2), sequence_parallel=mesh[1] > 1)
+    model = new_model(2)
+    model.blocks[1].mlp.dense_4h_to_h.bias.requires_grad = False  # it has no gradient
+    images = np.split(PIXELS[:8], mesh[0])[dist.get_coordinates()[0]]
+    labels = np.arange(len(images))
+    model.train()(batch_to_global(images, 0), batch_to_global(labels, -1))["losses"].backward()
+
+    def gradients():
+        arrays = [full_array(p.grad) for p in model.parameters() if p.grad is not None]
+        return np.concatenate([array.flatten() for array in arrays]).astype("f8")
+
+    before = gradients()
+    norm = np.linalg.norm(before)
+    assert abs(train.clip_grad_norm(model.parameters(), norm / 2) / norm - 1) < 1e-6
+    np.testing.assert_allclose(gradients(), before / 2, rtol=1e-5, atol=1e-9)
+    assert abs(train.clip_grad_norm(model.parameters(), norm) / norm - 0.5) < 1e-5
+    np.testing.assert_allclose(gradients(), before / 2, rtol=1e-5, atol=1e-9)  # short enough
+
+
 @on_meshes(((2, 2, 2),))
 def test_the_picture_of_the_mesh_shows_which_ranks_are_a_replica_of_which_stage(mesh):
     dist.setup(*mesh, 4)
@@ -1198,6 +1219,17 @@ def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
     trainer.optimizer = flow.optim.SGD(groups, lr=0.1)  # which knows no weight decay in a graph
     trainer.scheduler = train.lr_scheduler.CosineDecayLR(trainer.optimizer, 9)
     assert np.isfinite(full_array(train.TrainGraph(trainer, args)(*batch)))
+
+
+def test_memory_does_not_grow_with_each_new_number():
+    images, kilobytes = batch_to_global(PIXELS[:1], 0), []
+    for i in range(20_000):
+        images * (i / 7)  # as an update with a new learning rate
+        if i % 16_000 == 2000:
+            full_array(images)  # waits until all is computed
+            status = Path("/proc/self/status").read_text()
+            kilobytes.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]))
+    assert kilobytes[1] - kilobytes[0] < 1000
 
 
 # 7. The script ------------------------------------------------------------------------------------

@@ -795,7 +795,7 @@ def parse_arguments(argv=None, has_own_data=False):
     add("--weight-decay", type=rate, default=0.05, help="of matrices (%(default)s)")
     add("--clip-grad", type=rate, default=1.0, help="highest norm; 0: none (%(default)s)")
     add("--activation-checkpoint", action="store_true", help="recompute blocks (graph)")
-    add("--eager", action="store_true", help="short runs: no nn.Graph, grows 13-22 kB a step")
+    add("--eager", action="store_true", help="no nn.Graph: starts at once, slower steps")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of weights, masks, order, images")
     add("--eval-every", type=count, help="steps from one validation to the next")
     add("--eval-only", action="store_true", help="no training, only --init-from")
