@@ -227,9 +227,7 @@ def batch_to_global(array, layer_idx):
     labels to layer -1.
     """
     placement = dist.get_layer_placement(layer_idx)
-    sbp = dist.get_nd_sbp([S(0), B])
-    # All ranks give the same shape: to compare them would take as long as all the rest.
-    return flow.tensor(array).to_global(placement=placement, sbp=sbp, check_meta=False)
+    return flow.tensor(array).to_global(placement=placement, sbp=dist.get_nd_sbp([S(0), B]))
 
 
 def full_array(tensor):
