@@ -1960,119 +1960,12 @@ def test_ranks_that_differ_are_told_in_what(mesh):
 # 9. Rules of the engine ---------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
-SBPS = {"B": B, "P": P, "S(0)": S(0), "S(1)": S(1)}
-GRADIENTS = re.findall(r"\| `(\S+)` to `(\S+)` \| (.*?) \| `(\S+)` \| `(\S+)` \| (.*?) \|", README)
-GRADIENTS.append(("S(0)", "S(1)", "all-to-all", "S(1)", "S(0)", "all-to-all"))
-# What both ranks of two receive for a tensor of (5, 7), in elements. It is split as 3 and 2 rows,
-# or as 4 and 3 columns.
+MOVES = re.findall(r"\| `(\S+)` to `(\S+)` \| (.*?) \| `(\S+)` \| `(\S+)` \| (.*?) \|", README)
+MOVES.append(("S(0)", "S(1)", "all-to-all", "S(1)", "S(0)", "all-to-all"))
+# What both ranks receive for (5, 7), in elements. It is cut as 3 and 2 rows or 4 and 3 columns.
 SENT = {"nothing": 0, "a slice": 0, "all-gather": 35, "reduce-scatter": 35, "all-reduce": 70,
         "all-to-all": 2 * 4 + 3 * 3}  # fmt: skip
-
-
-def share(array, sbp):
-    """An array -> a global tensor on both ranks. Where it is P their parts differ in sign."""
-    placement = dist.get_layer_placement(0)
-    if sbp == P:
-        return flow.tensor(array * (3, -2)[dist.rank]).to_global(placement=placement, sbp=P)
-    return distribute(flow.tensor(array), placement, [sbp])
-
-
-class Move(nn.Graph):
-    """x -> x moved, and the gradient of x where the gradient of what is moved is `weights`."""
-
-    def __init__(self, sbp, grad_sbp):
-        super().__init__()
-        self.sbp, self.grad_sbp = sbp, grad_sbp
-        self.learns = Linear(1, 1)  # as a graph with gradients must
-        self.add_optimizer(flow.optim.SGD(self.learns.parameters(), lr=1.0))
-
-    def build(self, x, weights, one):
-        x = (x * 1.0).requires_grad_()
-        y = x.to_global(sbp=self.sbp, grad_sbp=self.grad_sbp)
-        ((y * weights).sum() + self.learns(one).sum()).backward()
-        return y, x.grad
-
-
-@on_meshes(((1, 2, 1),))
-def test_each_move_of_the_table_of_gradients_sends_what_it_says_forward_and_backward(mesh):
-    dist.setup(*mesh)
-    rng = np.random.default_rng(0)
-    assert len(GRADIENTS) == 8
-    for row in GRADIENTS:
-        old, new, forward, gradient, grad_sbp, backward = row
-        x, weights = rng.standard_normal((2, 5, 7)).astype("f4")
-        with the_plan() as (plan, *_):
-            inputs = share(x, SBPS[old]), share(weights, SBPS[gradient]), share(x[:1, :1], B)
-            y, x_grad = Move(SBPS[new], SBPS[grad_sbp])(*inputs)
-        want = share(x, y.sbp[0]).to_local().numpy()
-        np.testing.assert_allclose(y.to_local().numpy(), want, atol=1e-5, err_msg=row)
-        assert (y.sbp, x_grad.sbp) == ((SBPS[new],), (SBPS[grad_sbp],)), row
-        np.testing.assert_allclose(full_array(x_grad), weights, atol=1e-5, err_msg=row)
-        if dist.rank == 0:
-            received = sum(times * n for *_, times, n in plan if n > 1)
-            assert received == SENT[forward] + SENT[backward], row
-
-
-def numpy_norm(x, weight, bias):
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
-
-
-def numpy_softmax(x):
-    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-
-FUNCTIONS = {  # README's products, what `forward` uses: here, in numpy, inputs, sbp of the result
-    "rows": (flow.matmul, np.matmul, [((5, 4), S(0)), ((4, 3), B)], S(0)),
-    "columns": (flow.matmul, np.matmul, [((5, 4), B), ((4, 3), S(1))], S(1)),
-    "summands": (flow.matmul, np.matmul, [((4, 5), S(1)), ((5, 3), S(0))], P),
-    "heads": (flow.matmul, np.matmul, [((2, 3, 5, 4), S(1)), ((2, 3, 4, 5), S(1))], S(1)),
-    "bias": (lambda x, b: x + b, np.add, [((2, 4, 5), S(2)), ((5,), S(0))], S(2)),
-    "gelu": (flow.gelu, lambda x: x * np.vectorize(math.erfc)(-x / 2**0.5) / 2,
-             [((2, 4, 5), S(2))], S(2)),
-    "softmax": (lambda x: flow.softmax(x, -1), numpy_softmax, [((2, 3, 4, 5), S(1))], S(1)),
-    "norm": (lambda *a: vit3d.layer_norm(*a, 1e-5), numpy_norm,
-             [((3, 4, 5), S(0)), ((5,), B), ((5,), B)], S(0)),
-    "norm of some tokens": (lambda *a: vit3d.layer_norm(*a, 1e-5), numpy_norm,
-                            [((2, 3, 5), S(1)), ((5,), B), ((5,), B)], S(1)),
-    "into heads": (lambda x: x.reshape(2, 3, 4, 3).permute(0, 2, 1, 3),
-                   lambda x: x.reshape(2, 3, 4, 3).transpose(0, 2, 1, 3),
-                   [((2, 3, 12), S(2))], S(1)),
-    "out of heads": (lambda x: x.permute(0, 2, 1, 3).flatten(2),
-                     lambda x: x.transpose(0, 2, 1, 3).reshape(3, 3, -1),
-                     [((3, 2, 3, 4), S(0))], S(0)),
-    "chunk": (lambda x: math.prod(flow.chunk(x, 3, dim=-1)),
-              lambda x: math.prod(np.split(x, 3, -1)), [((2, 3, 2, 6), S(1))], S(1)),
-    "class token": (lambda x, y: flow.cat((x, y), 1), lambda x, y: np.concatenate((x, y), 1),
-                    [((3, 1, 4), S(0)), ((3, 2, 4), S(0))], S(0)),
-}  # fmt: skip
-
-
-@on_meshes(*(((1, 2, 1), name) for name in FUNCTIONS))
-def test_on_shares_that_differ_in_size_it_is_what_numpy_computes_and_so_is_its_gradient(mesh, name):
-    dist.setup(*mesh)
-    function, in_numpy, inputs, sbp = FUNCTIONS[name]
-    rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(shape) for shape, _ in inputs]
-    tensors = [share(a, sbp).requires_grad_() for a, (_, sbp) in zip(arrays, inputs)]
-    y, want = function(*tensors), in_numpy(*arrays)
-    assert y.sbp == (sbp,)
-    np.testing.assert_allclose(full_array(y), want, atol=1e-12)
-    weights = rng.standard_normal(want.shape)
-    (y * share(weights, B if sbp == P else sbp)).sum().backward()
-    for array, tensor in zip(arrays, tensors):
-        slopes = np.empty_like(array)
-        for i in np.ndindex(array.shape):
-            value = array[i]
-            ends = []
-            for array[i] in (value + 1e-5, value - 1e-5):
-                ends.append((in_numpy(*arrays) * weights).sum())
-            slopes[i] = (ends[0] - ends[1]) / 2e-5
-            array[i] = value
-        np.testing.assert_allclose(full_array(tensor.grad), slopes, atol=1e-8)
-
-
-RIGHT = {  # the third column of README's table of habits, and on 1x2x1 the sbps of y and w
+RIGHT = {  # the third column of README's table of habits; sbps of y and w if not on replicas
     "nn.functional.cross_entropy(x, labels)": None,
     "flow.gather(x, 1, labels[:, None])": None,
     "nn.functional.embedding(labels, w)": None,
@@ -2085,70 +1978,148 @@ RIGHT = {  # the third column of README's table of habits, and on 1x2x1 the sbps
 }
 
 
-class Habit(nn.Module):
-    """A loss that needs the value of a line of Python. Its three labels of 0 are not in step."""
+def numpy_norm(x, weight, bias):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def norm(*arguments):
+    return vit3d.layer_norm(*arguments, 1e-5)
+
+
+FUNCTIONS = [  # shapes and sbps of inputs, the sbp of the result, in numpy, here if it differs
+    ([(5, 4), S(0), (4, 3), B], S(0), lambda x, a: x @ a),  # README's products
+    ([(5, 4), B, (4, 3), S(1)], S(1), lambda x, a: x @ a),
+    ([(4, 5), S(1), (5, 3), S(0)], P, lambda x, a: x @ a),
+    ([(2, 3, 4, 5), S(1), (2, 3, 5, 4), S(1)], S(1), lambda x, a: x @ a),  # some heads
+    ([(2, 4, 5), S(2), (5,), S(0)], S(2), lambda x, b: x + b),
+    ([(2, 4, 5), S(2)], S(2), lambda x: x * np.vectorize(math.erfc)(-x / 2**0.5) / 2, flow.gelu),
+    ([(2, 3, 4, 5), S(1)], S(1), lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+     lambda x: flow.softmax(x, -1)),
+    ([(3, 4, 5), S(0), (5,), B, (5,), B], S(0), numpy_norm, norm),
+    ([(2, 3, 5), S(1), (5,), B, (5,), B], S(1), numpy_norm, norm),  # of some tokens
+    ([(2, 3, 12), S(2)], S(1), lambda x: x.reshape(2, 3, 4, 3).swapaxes(1, 2)),  # into heads
+    ([(2, 4, 3, 3), S(1)], S(2), lambda x: x.swapaxes(1, 2).reshape(2, 3, 12)),  # and out of them
+    ([(2, 3, 4, 6), S(1)], S(1), lambda x: x[..., :2] * x[..., 2:4] - x[..., 4:],
+     lambda x: (lambda q, k, v: q * k - v)(*flow.chunk(x, 3, dim=-1))),
+]  # fmt: skip
+
+
+def share(array, sbp):
+    """An array -> a global tensor on both ranks. Where it is P their parts differ in sign."""
+    placement = dist.get_layer_placement(0)
+    if sbp == P:
+        return flow.tensor(array * (3, -2)[dist.rank]).to_global(placement=placement, sbp=P)
+    return distribute(flow.tensor(array), placement, [sbp])
+
+
+class Line(nn.Module):
+    """A line of Python with a weight w -> a loss of it, and y, whose gradient shows, too."""
 
     def __init__(self, code, w):
         super().__init__()
         self.code, self.w = code, nn.Parameter(w)
 
     def forward(self, y, labels):
+        y = (y * 1.0).requires_grad_()
+        if "grad_sbp" in self.code:
+            return (eval(self.code) * labels).sum() + self.w.sum(), y
         x = flow.matmul(y, self.w)
         names = dict(x=x, y=y, w=self.w, labels=labels, a=x, b=x.square(), g=x.detach())
-        names.update(n=-0.9 * (labels == 0).float().sum())  # -0.9 on one rank, -1.8 on the other
-        return x.square().mean() + eval(self.code, globals(), names).float().square().mean()
+        names.update(n=-0.9 * (labels == 0).float().sum())  # -0.9 on a replica, -1.8 on the other
+        value = eval(self.code, globals(), names).float()
+        return x.square().mean() + (value.square().mean() if value.ndim else value), y
 
 
 class Step(nn.Graph):
-    def __init__(self, model):
+    def __init__(self, line, micro_batches=1):
         super().__init__()
-        self.model = model
-        self.add_optimizer(flow.optim.SGD(model.parameters(), lr=1.0))
+        self.line = line
+        self.add_optimizer(flow.optim.SGD(line.parameters(), lr=1.0))
+        self.config.set_gradient_accumulation_steps(micro_batches)
 
     def build(self, *inputs):
-        loss = self.model(*inputs)
+        loss, y = self.line(*inputs)
         loss.backward()
-        return loss
+        return loss, y.grad
+
+
+@on_meshes(((1, 2, 1),))
+def test_each_move_of_the_table_of_gradients_sends_what_it_says_forward_and_backward(mesh):
+    dist.setup(*mesh)
+    x, weights = np.random.default_rng(0).standard_normal((2, 5, 7)).astype("f4")
+    assert len(MOVES) == 8
+    for old, new, forward, gradient, grad_sbp, backward in MOVES:
+        code = f"y.to_global(sbp={new}, grad_sbp={grad_sbp})"
+        with the_plan() as (plan, *_):
+            step = Step(Line(code, share(x[:1] * 0, B)))
+            loss, x_grad = step(share(x, eval(old)), share(weights, eval(gradient)))
+        np.testing.assert_allclose(full_array(loss), (x * weights).sum(), 1e-5, err_msg=code)
+        np.testing.assert_allclose(full_array(x_grad), weights, 1e-5, err_msg=code)
+        assert x_grad.sbp == (eval(grad_sbp),), code
+        if dist.rank == 0:
+            received = sum(times * n for *_, times, n in plan if n > 1)
+            assert received == SENT[forward] + SENT[backward], code
+
+
+@on_meshes(((1, 2, 1),))
+def test_products_and_functions_on_uneven_shares_are_numpys_forward_and_backward(mesh):
+    dist.setup(*mesh)
+    rng = np.random.default_rng(0)
+    for i, (inputs, sbp, in_numpy, *here) in enumerate(FUNCTIONS):
+        arrays = [rng.standard_normal(shape) for shape in inputs[::2]]
+        tensors = [share(*pair).requires_grad_() for pair in zip(arrays, inputs[1::2])]
+        y = (here[0] if here else in_numpy)(*tensors)
+        want = in_numpy(*arrays)
+        weights = rng.standard_normal(want.shape)
+        assert y.sbp == (sbp,), i
+        np.testing.assert_allclose(full_array(y), want, atol=1e-12, err_msg=i)
+        (y * share(weights, B if sbp == P else sbp)).sum().backward()
+        for array, tensor in zip(arrays, tensors):
+            got = full_array(tensor.grad)
+            for at in np.ndindex(array.shape):  # the slope between two points beside this one
+                array[at] += 1e-5
+                above = (in_numpy(*arrays) * weights).sum()
+                array[at] -= 2e-5
+                slope = (above - (in_numpy(*arrays) * weights).sum()) / 2e-5
+                array[at] += 1e-5
+                assert abs(got[at] - slope) < 1e-8, i
 
 
 @on_meshes(((2, 1, 1),), ((1, 2, 1),))
-def test_what_to_write_instead_of_a_habit_gives_one_process_its_loss_and_its_step(mesh):
+def test_what_to_write_instead_of_a_habit_takes_the_step_of_one_process(mesh):
     dist.setup(*mesh)
-    rng = np.random.default_rng(0)
-    y, w = rng.standard_normal((2, 8, 8)).astype("f4")
+    y, w = np.random.default_rng(0).standard_normal((2, 8, 8)).astype("f4")
     labels = np.array([0, 1, 2, 3, 0, 0, 4, 5])
     for code, sbps in RIGHT.items():
         assert f"{code}`" in README
         y_sbp, w_sbp, labels_sbp = (S(0), B, S(0)) if mesh[0] == 2 else (*(sbps or (B, B)), B)
-        one_process = Habit(code, share(w, B))
-        want = one_process(share(y, B), share(labels, B))  # both ranks compute all of it
+        one = Line(code, share(w, B))
+        want, whole = one(share(y, B), share(labels, B))  # both ranks compute all of it
         want.backward()
-        after = w - full_array(one_process.w.grad)
-        for graph in (False, True):
-            model = Habit(code, share(w, w_sbp))
-            loss = (Step(model) if graph else model)(share(y, y_sbp), share(labels, labels_sbp))
-            if not graph:
+        after = share(w - full_array(one.w.grad), w_sbp).to_local().numpy()
+        for micro_batches in (0, 2 if "numel" in code else 1):  # 0 is eager mode
+            line = Line(code, share(w, w_sbp))
+            step = Step(line, micro_batches) if micro_batches else line
+            loss, more = step(share(y, y_sbp), share(labels, labels_sbp))
+            if not micro_batches:
                 loss.backward()
-                flow.optim.SGD(model.parameters(), lr=1.0).step()
-            np.testing.assert_allclose(full_array(loss), full_array(want), 1e-5, err_msg=code)
-            # each rank's own copy
-            got, own = model.w.detach().to_local().numpy(), share(after, w_sbp).to_local().numpy()
-            np.testing.assert_allclose(got, own, 1e-5, 1e-5, err_msg=code)
+                np.testing.assert_allclose(full_array(more.grad), full_array(whole.grad), atol=1e-5)
+                flow.optim.SGD(line.parameters(), lr=1.0).step()
+            np.testing.assert_allclose(full_array(loss).mean(), full_array(want), 1e-5)
+            own = line.w.detach().to_local().numpy()  # the copy of this rank
+            np.testing.assert_allclose(own, after, 1e-5, 1e-5, err_msg=code)
 
 
 class Swishes(nn.Module):
-    """A network in which an update would come too early: without clipping and without a layer_idx.
+    """Without clipping an update comes too early here, but not where layers have a layer_idx."""
 
-    (What has a layer_idx gets a stage, and the engine puts an operator before it: never seen then.)
-    """
+    no_weight_decay = set  # of names: none
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.Sequential(*(Linear(64, 64, layer_idx=None) for _ in range(6)))
         load_weights(self, {name: 3 * weight for name, weight in full_weights(self).items()})
-
-    def no_weight_decay(self):
-        return ()
 
     def forward(self, x, labels):
         for block in self.blocks:
