@@ -23,28 +23,27 @@ from oneflow.utils.data import DataLoader, Dataset
 
 
 def main(args, model_class, trainer_class, data_set_class, score):
-    """One run; each rank runs all of it. Raises UsageError for a mistake."""
+    """One run; each rank runs all of it. `run`, at the end, says what the classes must have."""
     # the mesh and the data
     mesh = (args.data_parallel, args.tensor_parallel, args.pipeline_parallel)
     dist.setup(*mesh, args.depth, args.shard_params, args.sequence_parallel)
-    data_sets = open_data_sets(data_set_class, args)
-    train_set, val_set = data_sets
+    train_set, val_set = open_data_sets(data_set_class, args)
     log = Log(args)
-    path, arrays, record = read_start(args)  # of --resume or --init-from, if there is one
-    require_alike(args, data_sets, record)
+    path, arrays, record = read_start(args)  # what --resume or --init-from goes on from
+    require_alike(args, (train_set, val_set), record)
 
     # the model, and what it goes on from
     flow.manual_seed(args.seed)  # all ranks draw the same weights
     mixup = new_mixup(args)
     model = model_class(**model_options(args))
-    require_classes(data_sets, model, score)
-    log.describe(model, data_sets)
+    require_classes((train_set, val_set), model, score)
+    log.describe(model, (train_set, val_set))
     if args.eval_only:
         step = load_initial_weights(model, path, arrays, record, args)
         return log.add(dict(step=step, **evaluate(model, val_set, args, score)))
     trainer = trainer_class(model, args, args.steps)
     first_step = load_start(trainer, path, arrays, record, args)
-    del arrays  # three times the weights
+    del arrays  # with Adam's states three times the weights
 
     # the loop
     flow.manual_seed(args.seed + first_step)  # the masks of dropout
@@ -59,13 +58,13 @@ def main(args, model_class, trainer_class, data_set_class, score):
         saves = args.output_dir and log.is_due(step, args.save_every)
         validates = log.is_due(step, args.eval_every)
         if step == first_step + 1 or saves or validates:
-            require_equal_copies(model)
+            require_equal_copies(model)  # before a wrong one is saved
         if saves:
             record = dict(vars(args), step=step, metrics_bytes=log.sync())
             save_checkpoint(trainer, record, checkpoint_path(args))
         if validates:
             log.add(dict(step=step, **evaluate(model, val_set, args, score)))
-        log.start_clock()
+        log.start_clock()  # saving and validating do not count for images_per_s
 
 
 class TrainGraph(nn.Graph):
@@ -77,23 +76,24 @@ class TrainGraph(nn.Graph):
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
         self.config.allow_fuse_model_update_ops(True)  # clipping is a part of each weight's update
-        if dist.device_type == "cpu":  # NCCL and casts of half precision: not looked for
-            flow.boxing.nccl.enable_use_compute_stream(False)  # accumulation has switched it on
+        if dist.device_type == "cpu":
+            # A CPU has no NCCL and casts to no half precision. To look for them takes time.
+            flow.boxing.nccl.enable_use_compute_stream(False)
             self.config.proto.do_parallel_cast_before_widening_type_cast = False
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         set_pipeline_stage_id(self.model)
 
     def build(self, images, *targets):
-        """What the engine compiles at the first call -> losses, one for each micro-batch."""
+        """What the engine compiles at the first call. The call returns a loss a micro-batch."""
         losses = self.model(images, *targets)["losses"]
         losses.backward()
         return losses
 
     def _generate_config_proto(self):
-        # The engine calls this when it compiles, and clips each group of parameters by its own
-        # norm. A global norm needs one group: this joins both, and names the variables that have
-        # no weight decay.
+        # A global norm needs one group, as the engine clips each group by a norm of its own. It
+        # calls this when it compiles: both groups are joined, and the names of the second are
+        # excluded from weight decay.
         super()._generate_config_proto()
         groups = self.config.proto.train_conf.optimizer_conf
         rates = {group.base_learning_rate for group in groups}
@@ -108,7 +108,7 @@ class TrainGraph(nn.Graph):
 
 
 class Trainer:
-    """Model, AdamW without decay of biases, norms and embeddings, warm-up and then cosine.
+    """Model, AdamW, warm-up and then cosine. Biases, norms, tokens and positions do not decay.
 
     In place of AdamW a graph takes SGD, Adam, Adagrad, Adadelta and RMSprop, and no schedule by a
     lambda. Eager mode takes any optimizer but LAMB, which never moves a split weight.
@@ -119,7 +119,7 @@ class Trainer:
     def __init__(self, model, args, steps):
         self.model = model.train()
         self.args = args
-        # A graph's update must wait for all gradients: their norm does. 1e9 clips nothing.
+        # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         clip = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         decay = dict(params=[], weight_decay=args.weight_decay, **clip)
         no_decay = dict(params=[], weight_decay=0.0, **clip)
@@ -132,8 +132,8 @@ class Trainer:
         require(warmup < steps, f"--warmup-steps {warmup} must be below {steps} steps")
         self.scheduler = lr_scheduler.CosineDecayLR(self.optimizer, steps - warmup)
         if warmup:
-            linear = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
-            self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **linear)
+            options = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
+            self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **options)
         self.graph = None if args.eager else TrainGraph(self, args)
 
     def step(self, *batch):
@@ -143,7 +143,7 @@ class Trainer:
         """
         lr = self.optimizer.param_groups[0]["lr"]
         losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
-        self.scheduler.step()  # for eager mode and `lr`; a graph computes the same rate itself
+        self.scheduler.step()  # sets the rate of eager mode, and `lr`; a graph has its own
         return float(full_array(losses).mean()), lr
 
     def to_mesh(self, images, *targets):
@@ -179,19 +179,19 @@ class SyntheticImages(Dataset):
         """(epoch, index) -> the key, the image, its class."""
         _, index = key
         cells = np.arange(self.img_size) * 4 // self.img_size
-        # (3, 4, 4) -> (3, img_size, img_size)
-        image = 0.5 * self.patterns[self.targets[index]][:, cells][:, :, cells]
+        pattern = self.patterns[self.targets[index]]
+        image = 0.5 * pattern[:, cells][:, :, cells]  # (3, 4, 4) -> (3, img_size, img_size)
         rng = np.random.default_rng([self.seed, self.split == "val", index])
         image = (image + rng.standard_normal(image.shape)).astype(np.float32)
         return key, image, self.targets[index]
 
 
 def training_keys(length, batch_size, args, first_step, last_step):
-    """Yield this replica's keys, (epoch, index), of each step. Micro-batch i is each mesh's."""
+    """Yield a replica's keys of each step. Micro-batch i has the same images on every mesh."""
     replica, _, _ = dist.get_coordinates()
     for step in range(first_step, last_step):
         epoch, position = divmod(step, length // batch_size)
-        if step == first_step or position == 0:
+        if step == first_step or position == 0:  # a run can start within an epoch
             order = np.random.default_rng([args.seed, epoch]).permutation(length)
         batch = order[position * batch_size :][:batch_size]
         # (batch,) -> (micro-batches, replicas, images) -> (micro-batches * images,)
@@ -201,8 +201,8 @@ def training_keys(length, batch_size, args, first_step, last_step):
 
 def load_batches(data_set, keys, args, mixup=None):
     """Numpy batches for lists of keys: images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
-    # A data set may seed flow for each image, as FolderImages does. Here that would repeat the
-    # masks of dropout, so all but SyntheticImages are read in other processes.
+    # A data set may seed flow for each image, as FolderImages in part 2 does. Here it would repeat
+    # the masks of dropout, so all but SyntheticImages are read in other processes.
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
     require_shared_memory(workers)
     return DataLoader(
@@ -212,14 +212,14 @@ def load_batches(data_set, keys, args, mixup=None):
 
 
 def score(logits, targets):
-    """What `evaluate` averages: arrays (b,) by name. Of equal logits the first class is the best.
+    """What `evaluate` averages: by name a number for each image. The first of equal logits is best.
 
     Where targets are not classes (several labels an image, numbers) give `run` another one.
     """
     logits = logits.astype(np.float64)
     loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
     best = np.argsort(-logits, 1, kind="stable")[:, :5]
-    hits = (best == targets[:, None]) & ~np.isnan(loss[:, None])  # NaN is wrong
+    hits = (best == targets[:, None]) & ~np.isnan(loss[:, None])  # NaN is never right
     return dict(val_loss=loss, top1=hits[:, 0], top5=hits.any(1))
 
 
@@ -246,7 +246,7 @@ def evaluate(model, data_set, args, score):
     means = {}
     for name in scores[0]:
         values = np.concatenate([part[name] for part in scores])
-        means[name] = float(values[:length].mean())
+        means[name] = float(values[:length].mean())  # without what filled the last batch
     return dict(means, images=length)
 
 
@@ -263,7 +263,6 @@ import re
 import signal
 import socket
 import sys
-import traceback
 import warnings
 import zlib
 from collections import Counter
@@ -280,9 +279,10 @@ from flowvision import datasets
 from flowvision.data import Mixup, create_transform
 from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 
-warnings.filterwarnings("ignore", "Argument interpolation")  # flowvision's, of its own call
+# flowvision warns of an argument that it passes itself.
+warnings.filterwarnings("ignore", "Argument interpolation")
 
-# Data: an image and its changes depend on seed, split and key, and so not on the mesh
+# Data: an image and its changes depend on seed and key, and not on the mesh
 
 
 class FolderImages(datasets.ImageFolder):
@@ -298,16 +298,16 @@ class FolderImages(datasets.ImageFolder):
         self.left_out = Counter()  # of files by ending, of folders by name
         is_training = split == "train" and not args.no_augment
         try:
-            super().__init__(root, is_valid_file=lambda path: True)  # `make_dataset` chooses
+            super().__init__(root, is_valid_file=lambda path: True)  # the methods below choose
             self.transform = create_transform(
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
                 auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
                 std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
             )
-        except (OSError, ValueError, AssertionError) as error:  # of folders, of the policy
+        except (OSError, ValueError, AssertionError) as error:  # folders, the policy
             policy = f", --rand-augment {args.rand_augment}" if args.rand_augment else ""
             raise UsageError(f"{root}{policy}: {error}") from None
-        self.files = [path[len(root) :] for path, _ in self.samples]  # alike on all ranks
+        self.files = [path[len(root) :] for path, _ in self.samples]  # for `require_alike`
         empty = set(range(len(self.classes))) - set(self.targets)
         names = ", ".join(self.classes[i] for i in sorted(empty))
         require(not empty, f"{root}: no image in {names:.300}")
@@ -342,7 +342,7 @@ class FolderImages(datasets.ImageFolder):
         for set_seed in (random.seed, np.random.seed, flow.manual_seed):  # transforms draw from all
             set_seed(zlib.crc32(repr([self.seed, *key]).encode()))
         try:
-            require(os.path.isfile(path), "it is no file")  # a pipe would never end
+            require(os.path.isfile(path), "it is no file")  # to read a pipe would never end
             with Image.open(path) as image:
                 # `convert` makes 16 bits white (I, I;16) and floats black (F).
                 require(image.mode[0] not in "IF", f"mode {image.mode} is not of 8 bits")
@@ -352,12 +352,17 @@ class FolderImages(datasets.ImageFolder):
 
 
 def open_data_sets(data_set_class, args):
-    """The images to train and to validate. Writes into `args` what follows from them."""
+    """The images to train and to validate.
+
+    It sets what follows from them in `args`: classes, num_classes, batch_size, images, steps and
+    save_every.
+    """
     if data_set_class is None:
         data_set_class = FolderImages if args.data else SyntheticImages
     val_set = data_set_class("val", args.img_size, args)
     train_set = val_set if args.eval_only else data_set_class("train", args.img_size, args)
-    differing = sorted({*map(str, train_set.classes)} ^ {*map(str, val_set.classes)})
+    names = [set(map(str, data_set.classes)) for data_set in (train_set, val_set)]
+    differing = sorted(names[0] ^ names[1])
     error_message = f"train and val have other classes: {', '.join(differing):.300}"
     require(list(train_set.classes) == list(val_set.classes), error_message)
     args.classes = list(map(str, val_set.classes))
@@ -394,7 +399,7 @@ def new_mixup(args):
     """What mixes pairs of images and makes their labels soft; None if nothing is asked for."""
     if not (args.mixup or args.cutmix or args.label_smoothing):
         return None
-    prob = float(args.mixup > 0 or args.cutmix > 0)
+    prob = float(args.mixup > 0 or args.cutmix > 0)  # smoothing alone mixes nothing
     smoothing = dict(label_smoothing=args.label_smoothing, num_classes=args.num_classes)
     return Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
 
@@ -406,8 +411,7 @@ def make_batch(samples, seed, mixup):
     labels = np.array(labels)
     if mixup is None:
         return images, labels
-    # Neighbours are mixed in pairs, each pair by a draw of its own, so that all ranks and meshes
-    # see the same mix.
+    # Neighbours are mixed in pairs, each pair by a draw of its own: the mesh does not matter.
     pairs = []
     for i in range(0, len(samples), 2):
         np.random.seed(zlib.crc32(repr([seed, *keys[i], "mix"]).encode()))
@@ -438,7 +442,7 @@ def require_alike(args, data_sets, record):
 
 @contextlib.contextmanager
 def named(path):
-    """An OSError in the `with` gets this name if it has none: a full disk gives none."""
+    """Give an OSError the name of its file. That of a full disk has none."""
     try:
         yield
     except OSError as error:
@@ -462,8 +466,8 @@ class Log:
     def __init__(self, args):
         """Open metrics.jsonl, or eval.jsonl with --eval-only, and lock it.
 
-        Nothing may open the file again in this process: to close it would free the lock. Raises
-        UsageError if another run has the lock.
+        A process that closes any handle of the file loses the lock, so nothing here may open it
+        again. Raises UsageError if another run has the lock.
         """
         self.args = args
         self.file = None
@@ -473,7 +477,7 @@ class Log:
         path = args.output_dir / ("eval.jsonl" if args.eval_only else "metrics.jsonl")
         self.file = open(path, "a", buffering=1)
         try:
-            # `flock` would live on in readers.
+            # Not `flock`: readers of images inherit it and can live longer than the run.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another run writes to --output-dir {args.output_dir}") from None
@@ -484,11 +488,12 @@ class Log:
         """Print what is trained, on what. Call it on every rank."""
         args = self.args
         elements = sum(parameter.numel() for parameter in model.parameters())
-        held = of_all_ranks([sum(p.to_local().numel() for p in model.parameters())]).max()
-        size, what = (4, "weights") if args.eval_only else (12, "weights and Adam's states")
+        own_elements = sum(parameter.to_local().numel() for parameter in model.parameters())
+        held = of_all_ranks([own_elements]).max()
         say(draw_mesh(dist))
         say(f"{elements:,} parameters, {args.batch_size} images a step, {args.steps} steps")
-        say(f"the fullest process holds {size * held:,} bytes of {what}")
+        weights = f"the fullest process holds {4 * held:,} bytes of weights"
+        say(f"{weights}, {12 * held:,} with Adam's states")
         images = f"images: {args.images} to train, {len(data_sets[-1].targets)} to validate"
         say(f"{images}; {args.num_classes} classes")
         for data_set in dict.fromkeys(data_sets):  # one if both are the same
@@ -501,8 +506,9 @@ class Log:
         """Cut metrics.jsonl to what it was when the checkpoint was saved. Start the clock."""
         if self.file:
             size = os.path.getsize(self.file.name)
+            # Not more than it has: that would add zeros.
             kept = min(size, record.get("metrics_bytes", size)) if first_step else 0
-            self.file.truncate(kept)  # a larger number would fill the file with zeros
+            self.file.truncate(kept)
         if first_step < self.args.steps and not self.args.eager:
             say("compiling the graph: seconds on one process, half a minute on eight")
         self.first_step = first_step
@@ -512,9 +518,9 @@ class Log:
         self.clock = time.perf_counter()
 
     def is_due(self, step, every):
-        """Whether what comes each `every` steps, and after the last one, comes after this one."""
-        is_in_turn = every and step % every == 0
-        return step > 0 and bool(is_in_turn or step == self.args.steps)
+        """Whether a step is a multiple of `every`, or the last one. Step 0 is never due."""
+        is_multiple = every and step % every == 0
+        return step > 0 and bool(is_multiple or step == self.args.steps)
 
     def add_step(self, step, loss, lr, grad_norm):
         """Record a step. Raises UsageError for a loss that is not finite."""
@@ -526,7 +532,8 @@ class Log:
         record["images_per_s"] = round(self.args.batch_size / (now - self.clock), 1)
         steps = self.args.steps
         time_left = ""
-        is_printed = step == self.first_step + 1 or step % min(max(steps // 20, 1), 100) == 0
+        interval = min(max(steps // 20, 1), 100)  # about 20 lines, but each 100 steps at least
+        is_printed = step == self.first_step + 1 or step % interval == 0
         if step == self.first_step + 1:
             self.after_first_step = now
         else:
@@ -562,30 +569,37 @@ def checkpoint_path(args):
 
 
 def get_optimizer_state(trainer):
-    """Adam's states of each weight, as {"model.head.bias-m": tensor}, and a graph's counters."""
-    if trainer.graph:
-        state = trainer.graph.state_dict()
-        del state["model"]  # the weights
-        return dict(sorted(state.items()))  # the engine's order can differ from rank to rank
+    """Adam's states of each weight, {"optimizer/model.head.bias-m": tensor}, a graph's counters."""
     state = {}
+    if trainer.graph:
+        # sorted: the engine's order can differ from rank to rank
+        for name, tensor in sorted(trainer.graph.state_dict().items()):
+            if name != "model":  # the weights
+                state[f"optimizer/{name}"] = tensor
+        return state
     for name, weight in trainer.model.named_parameters():
         for kind, tensor in trainer.optimizer._state[weight].items():
-            state[f"model.{name}-{kind}"] = tensor  # as a graph names it
+            state[f"optimizer/model.{name}-{kind}"] = tensor  # as a graph names it
     return state
 
 
 def set_optimizer_state(trainer, arrays, step):
-    """The inverse, from full numpy arrays. The schedule goes to this step, too."""
+    """The inverse, from a checkpoint's arrays. The schedule goes to this step, too."""
     weights = dict(trainer.model.named_parameters())
-    first_stage = (dist.get_layer_placement(0), dist.get_nd_sbp([B, B]))
     state = {}
-    for key in sorted(arrays):
-        name, _, kind = key.removeprefix("model.").rpartition("-")
-        weight = weights.get(name)  # None for a graph's counters
-        where = (weight.placement, weight.sbp) if weight is not None else first_stage
-        state[key] = distribute(flow.tensor(arrays[key]), *where)
+    for key in sorted(name for name in arrays if name.startswith("optimizer/")):
+        name, _, kind = key.removeprefix("optimizer/model.").rpartition("-")
+        weight = weights.get(name)
+        if weight is None:  # a graph's counter
+            placement = dist.get_layer_placement(0)
+            sbp = dist.get_nd_sbp([B, B])
+        else:
+            placement = weight.placement
+            sbp = weight.sbp
+        tensor = distribute(flow.tensor(arrays[key]), placement, sbp)
+        state[key.removeprefix("optimizer/")] = tensor
         if not trainer.graph:
-            trainer.optimizer._state[weight][kind] = state[key]
+            trainer.optimizer._state[weight][kind] = tensor
     if trainer.graph:
         trainer.graph.load_state_dict(state)
     trainer.optimizer._state["step"] = step  # for Adam's bias correction in eager mode
@@ -595,9 +609,7 @@ def set_optimizer_state(trainer, arrays, step):
 
 def save_checkpoint(trainer, record, path):
     """Write checkpoint.npz: it is complete and on the disk, or the one before stays."""
-    tensors = dict(trainer.model.named_parameters())
-    for name, tensor in get_optimizer_state(trainer).items():
-        tensors[f"optimizer/{name}"] = tensor
+    tensors = {**dict(trainer.model.named_parameters()), **get_optimizer_state(trainer)}
     arrays = {"run/record": json.dumps(record, default=str)}  # str: a Path becomes text
     for name, tensor in tensors.items():
         array = full_array(tensor)  # on all ranks
@@ -605,14 +617,13 @@ def save_checkpoint(trainer, record, path):
         if dist.rank == 0:
             arrays[name] = array
     if dist.rank == 0:
-        folder = path.parent
-        path = path.resolve()  # a link to a larger disk stays one
-        unfinished = path.with_name("unfinished.npz")
-        with named(folder), open(unfinished, "wb") as file:
+        target = path.resolve()  # a link to a larger disk stays one
+        unfinished = target.with_name("unfinished.npz")
+        with named(path.parent), open(unfinished, "wb") as file:
             np.savez(file, **arrays)
             os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
-        unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        unfinished.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some file systems cannot do that
             os.fsync(folder)  # the new name, too
         os.close(folder)
@@ -624,7 +635,7 @@ def read_start(args):
     The record is the arguments of the run that saved the file, {} if it has none.
     """
     path = args.init_from
-    checkpoint = checkpoint_path(args)
+    checkpoint = checkpoint_path(args)  # it comes before --init-from
     if checkpoint and checkpoint.exists() and not args.eval_only:
         cure = "--resume goes on from it, or take another --output-dir"
         require(args.resume, f"{checkpoint} exists: {cure}")
@@ -632,7 +643,8 @@ def read_start(args):
     if path is None:
         return None, {}, {}
     try:
-        arrays = dict({".npz": np.load, ".safetensors": load_file}[path.suffix](path))
+        load = {".npz": np.load, ".safetensors": load_file}[path.suffix]
+        arrays = dict(load(path))
         record = json.loads(str(arrays.pop("run/record", "{}")))
     except Exception as error:  # another form, not there, damaged, bfloat16
         raise UsageError(f"{path} must be a whole .npz or .safetensors file: {error}") from None
@@ -640,6 +652,7 @@ def read_start(args):
     return path, arrays, {**flags, **record.pop("sizes", {}), **record}
 
 
+# Names of arguments. OF_TRAINING: what --eval-only has no use for.
 SIZES = ["img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes"]
 SIZES += ["layer_norm_eps"]
 RATES = ["drop_rate", "attn_drop_rate", "drop_path_rate"]
@@ -656,20 +669,24 @@ def model_options(args):
     return options
 
 
-def require_same(names, path, record, args):
+def compare_with_saved(names, path, record, args):
     """Say what has changed since a file was saved. Raises UsageError if one of `names` has."""
-    for name, now in json.loads(json.dumps(vars(args), default=str)).items():
+    saved_form = json.loads(json.dumps(vars(args), default=str))  # as a checkpoint has it
+    for name, now in saved_form.items():
         before = record.get(name, now)
         is_told = name != "resume" and not (args.eval_only and name in OF_TRAINING)
         if before == now or not is_told:
             continue
         if name == "classes":  # there may be thousands
-            old, new = before, now
-            before = [c for c in old if c not in new] or "in another order"
-            now = [c for c in new if c not in old]
-        error_message = f"{path}: {name} was {before} and must not be {now}"
-        require(name not in names, f"{error_message:.500}")
-        say(f"{path}: {name} was {before} and is {now}"[:500])
+            same = set(before) & set(now)
+            before = [c for c in before if c not in same]
+            now = [c for c in now if c not in same]
+            if not before and not now:
+                now = "in another order"
+        verb = "must not be" if name in names else "is"
+        text = f"{path}: {name} was {before} and {verb} {now}"
+        require(name not in names, f"{text:.500}")
+        say(f"{text:.500}")
 
 
 def natural_order(name):
@@ -679,7 +696,7 @@ def natural_order(name):
 
 def load_initial_weights(model, path, arrays, record, args):
     """Load weights alone, ours or timm's, without a head for other classes. -> their step"""
-    require_same(("num_heads", "layer_norm_eps"), path, record, args)
+    compare_with_saved(("num_heads", "layer_norm_eps"), path, record, args)
     is_known = any(name.startswith("blocks.0.") for name in arrays)
     first_name = next(iter(arrays), "")
     require(is_known, f"{path}: neither our names nor timm's, as in {first_name:.100}")
@@ -692,15 +709,14 @@ def load_initial_weights(model, path, arrays, record, args):
         reason = "is for other classes"
     elif "classes" not in record and args.classes != sorted(args.classes, key=natural_order):
         reason = "may have timm's order of classes, such as 1, 2, 10, and here it is 1, 10, 2"
+    elif args.eval_only and not record and head_rows != len(args.classes):
+        reason = f"has {head_rows} classes, --data {len(args.classes)}"
     may_be_missing = getattr(model, "may_be_missing", ())  # parts of names that your model adds
     if reason:
         require(not args.eval_only, f"{path}: its head {reason}")
         say(f"{path}: its head {reason} and is not loaded")
         arrays = {name: arrays[name] for name in arrays if not name.startswith("head.")}
-        may_be_missing += ("head.",)
-    if args.eval_only and not record:
-        classes = len(args.classes)
-        require(head_rows == classes, f"{path}: its head has {head_rows} classes, --data {classes}")
+        may_be_missing = (*may_be_missing, "head.")
     if is_timm:
         load_timm_state_dict(model, arrays, may_be_missing)
     else:
@@ -714,13 +730,12 @@ def load_start(trainer, path, arrays, record, args):
     """Load what `read_start` found. -> the steps that the run has made"""
     if path is None:
         return 0
-    if path != checkpoint_path(args):
+    if path != checkpoint_path(args):  # it is --init-from
         load_initial_weights(trainer.model, path, arrays, record, args)
         return 0
-    require_same([*SIZES, "batch_size", "steps", "eager", "classes"], path, record, args)
+    compare_with_saved([*SIZES, "batch_size", "steps", "eager", "classes"], path, record, args)
     load_weights(trainer.model, arrays)
-    state = {k.removeprefix("optimizer/"): arrays[k] for k in arrays if k.startswith("optimizer/")}
-    set_optimizer_state(trainer, state, record["step"])
+    set_optimizer_state(trainer, arrays, record["step"])
     return record["step"]
 
 
@@ -736,19 +751,19 @@ def number(kind, least, most=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must be finite, from {least} to {most}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse tells it, as in 'invalid float value'
+    parse.__name__ = kind.__name__  # argparse prints it, as in 'invalid float value'
     return parse
 
 
-def path(text):
+def user_path(text):
     """A type for `add_argument`: in --flag=~/x the shell leaves the ~ as it is."""
     return Path(os.path.expanduser(text))
 
 
 def parse_arguments(argv=None, has_own_data=False):
     """The command line. Raises UsageError for what cannot go together."""
-    parser = argparse.ArgumentParser(description="Train; sizes are those of --model.")
-    parser.error = lambda message: require(False, message)  # `end` tells it
+    parser = argparse.ArgumentParser(description="Train. Sizes that are not given are --model's.")
+    parser.error = lambda message: require(False, message)  # `end` tells it as other mistakes
     count = number(int, 1)
     rate = number(float, 0)
     probability = number(float, 0, 1)
@@ -767,7 +782,7 @@ def parse_arguments(argv=None, has_own_data=False):
     add("--num-heads", type=count, help="attention heads")
     add("--num-classes", type=count, help="outputs (as many as the data have classes)")
     add("--layer-norm-eps", type=rate, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
-    add("--data", type=path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
+    add("--data", type=user_path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
     add("--no-augment", action="store_true", help="train as validated: resized, cropped")
     mean_help = "of the colours, which lie in 0 to 1 (%(default)s)"
     add("--mean", type=probability, default=[0.485, 0.456, 0.406], help=mean_help, **rgb)
@@ -799,13 +814,13 @@ def parse_arguments(argv=None, has_own_data=False):
     add("--seed", type=number(int, 0, 2**62), default=0, help="of weights, masks, order, images")
     add("--eval-every", type=count, help="steps from one validation to the next")
     add("--eval-only", action="store_true", help="no training, only --init-from")
-    add("--output-dir", type=path, help="where metrics.jsonl and checkpoint.npz go")
+    add("--output-dir", type=user_path, help="where metrics.jsonl and checkpoint.npz go")
     add("--save-every", type=count, help="steps between checkpoints (an epoch, at least 100)")
     add("--resume", action="store_true", help="go on from --output-dir, if it has a checkpoint")
-    add("--init-from", type=path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
+    add("--init-from", type=user_path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
 
-    # No flag does nothing in silence.
+    # No flag does nothing in silence. What must be given -> is it, and what needs it?
     of_images = ["no_augment", "mean", "std", "crop_pct", "interpolation", "rand_augment"]
     of_images += ["random_erasing", "workers"]
     needs = {
@@ -833,7 +848,7 @@ def parse_arguments(argv=None, has_own_data=False):
     small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
     sizes = {"img_size": 224, "mlp_ratio": 4.0, **MODELS.get(args.model, small)}
     for name, size in sizes.items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name, None) is None:  # mlp_ratio has no flag
             setattr(args, name, size)
     return args
 
@@ -855,8 +870,8 @@ def launch(processes, command):
         environment.update(RANK=rank, LOCAL_RANK=rank)
         # 1 is PR_SET_PDEATHSIG, 9 SIGKILL: the kernel ends a rank when this process has ended.
         ranks.append(Popen(command, env=environment, preexec_fn=lambda: libc.prctl(1, 9)))
-    codes = [None]
-    while None in codes and not any(codes):  # until all have ended, or one badly
+    codes = [None]  # of the ranks; None: it runs
+    while None in codes and not any(codes):
         time.sleep(0.05)
         codes = [process.poll() for process in ranks]
     for process in ranks:
@@ -875,13 +890,12 @@ def end(kind, error, trace):
     """
     try:
         time.sleep(min(dist.rank, 9))  # all meet a mistake: rank 0 tells it first
-        text = "".join(traceback.format_exception(kind, error, trace))
-        if isinstance(error, UsageError):
+        if isinstance(error, (UsageError, OSError)):
             # What comes from a reader's process has its traceback in front.
             text = str(error).rpartition("UsageError: ")[2].strip()
-        elif isinstance(error, OSError):
-            text = str(error)
-        print(f"train.py: {text}", file=sys.stderr)
+            print(f"train.py: {text}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
     finally:
         # The engine's own end would wait for the other ranks.
         os._exit(2 if isinstance(error, UsageError) else 1)
@@ -906,7 +920,7 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
         # A line is written at once. A name that is not UTF-8 is printed with escapes.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     # The engine has set a handler of its own. Ctrl-C is to end a process at once, or, where it is
-    # ignored, as before `&` in a script, not at all. (Python still knows what it was at the start.)
+    # ignored, as before `&` in a script, not at all. (`getsignal` gives what was at the start.)
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     args = parse_arguments(has_own_data=data_set is not None)

@@ -10,15 +10,15 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
 
 Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
 placement: the engine finds the communication for it (all-reduce, all-gather, send). In the backward
-pass the gradient goes back to the placement of the input. It gets the sbp `grad_sbp`, or keeps its
-own if none is given.
+pass the gradient goes back to the placement of the input. It gets the sbp `grad_sbp`. Without
+`grad_sbp` the gradient keeps the sbp that it has.
 `to_global` on a local tensor declares: this is my part of a global tensor. Along an axis that is B
 the engine sends the first process's tensor to the others.
 
 Arguments have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
 entry for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry:
 each stage has a placement of its own. Every process runs the whole program; outside an
-operator's placement it computes nothing.
+operator's placement it computes nothing. A rank is the number of a process.
 
 Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called "the
 paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer models", called
@@ -38,11 +38,11 @@ import numpy as np
 
 # 0. Loading OneFlow 0.9.0: skip this at a first reading ------------------------------------------
 
-TASKS = {}  # how many tasks a launcher has started, by the name of its variable
+TASKS = {}  # what launchers say of the number of tasks: train.py's `run` compares it
 
 
 def stop(text):
-    """Tell a mistake, and end."""
+    """Tell a mistake, and end. (Here the engine is not there yet, nor are exceptions told.)"""
     print(f"vit3d.py: {text}", file=sys.stderr)
     sys.exit(2)
 
@@ -50,7 +50,7 @@ def stop(text):
 def prepare_for_oneflow():
     """Read and set what the engine changes or reads at its import. What a user has set stays."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if os.environ.get(name) == "":  # of a launcher's line, under another launcher
+        if os.environ.get(name) == "":  # set to nothing by a line for another launcher
             del os.environ[name]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         cure = "start the ranks by `python -m oneflow.distributed.launch`"
@@ -60,24 +60,25 @@ def prepare_for_oneflow():
         if name in os.environ:
             TASKS[name] = os.environ[name]
     set_default = os.environ.setdefault
-    # The engine's search for detours between two sbp aborts on micro-batches of one image.
+    # The engine looks for moves by way of a third sbp. That search aborts on micro-batches of one
+    # image.
     set_default("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
-    # In eager mode the engine keeps what it has inferred of each operator for each new number, such
-    # as a learning rate: 14 kB a step. At 1,000 it begins anew.
+    # Each operator with a new Python number, such as a learning rate, stays in a cache: 14 kB a
+    # step in eager mode. At 1,000 entries the engine begins anew.
     set_default("ONEFLOW_EAGER_TENSOR_INFER_CACHE_SIZE", "1000")
     if not os.path.exists("/dev/nvidiactl"):  # there is no GPU
         # An eager step on 2x2x2 takes 0.6 s, not 1.7.
         set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
         set_default("GLOG_minloglevel", "3")  # no lines on GPUs that are not there
-    # OpenBLAS knows by name no processor that is newer than itself, so it is told what to use. It
-    # has one thread: the engine computes products that do not wait for each other on its own.
+    # OpenBLAS takes slow code on a processor that is newer than itself, so it is told which to
+    # take. It has one thread: the engine computes products that do not wait for each other at once.
     with open("/proc/cpuinfo") as file:
         cpu_flags = file.read().split()
     if "avx2" in cpu_flags:
         set_default("OPENBLAS_CORETYPE", "SkylakeX" if "avx512dq" in cpu_flags else "Haswell")
     set_default("OPENBLAS_NUM_THREADS", "1")
-    # An OpenBLAS that is loaded first takes the place of the engine's own, which stops at AVX2 and
-    # leaves the processor in a state in which loops such as GELU's take two to three times as long.
+    # The engine's own OpenBLAS stops at AVX2, and loops after it, such as GELU's, take two to three
+    # times as long. One that is loaded first is used in its place.
     for folder in sys.path:
         with contextlib.suppress(OSError):
             library = f"{folder}/scipy_openblas32/lib/libopenblas_python.so"
@@ -92,8 +93,9 @@ def wait_for_rank_0(seconds=60):
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank, world_size, address, port = map(os.environ.get, names)
-    is_told = None not in (rank, world_size, address, port) and int(rank) > 0  # alone it is -1
-    if not is_told or "oneflow" in sys.modules:  # then it has met rank 0, which listens no more
+    is_complete = None not in (rank, world_size, address, port)
+    is_later_rank = is_complete and int(rank) > 0  # the engine sets -1 in a run of one process
+    if not is_later_rank or "oneflow" in sys.modules:  # once imported, rank 0 listens no more
         return
     error = None
     deadline = time.monotonic() + seconds
@@ -165,8 +167,9 @@ class Dist:
         self.data_parallel_size = d
         self.tensor_parallel_size = t
         self.pipeline_parallel_size = p
-        # ranks[replica, tensor_rank, stage] = (stage * d + replica) * t + tensor_rank. 2x2x2: stage
-        # 0 is [[0, 1], [2, 3]], stage 1 is [[4, 5], [6, 7]]; a row is a replica.
+        # Ranks are numbered stage by stage, then replica by replica. 2x2x2: stage 0 is
+        # [[0, 1], [2, 3]], stage 1 is [[4, 5], [6, 7]]; a row is a replica. The array is
+        # ranks[replica, tensor_rank, stage].
         self.ranks = np.arange(self.world_size).reshape(p, d, t).transpose(1, 2, 0)
         self.shard_params = shard_params
         self.sequence_parallel = sequence_parallel
@@ -176,13 +179,13 @@ class Dist:
         # the activations of fewer micro-batches.
         sizes = [len(share) for share in np.array_split(range(layers), p)][::-1]
         self.layer_stage_ids = [stage for stage, size in enumerate(sizes) for _ in range(size)]
-        self.no_cuda = why_not_cuda(self.world_size // flow.env.get_node_size())
-        self.device_type = device_type or ("cpu" if self.no_cuda else "cuda")
+        processes = self.world_size // flow.env.get_node_size()
+        self.cuda_problem = why_not_cuda(processes)  # "" if there is none
+        self.device_type = device_type or ("cpu" if self.cuda_problem else "cuda")
         require(self.device_type in ("cpu", "cuda"), f"{device_type!r} must be 'cpu' or 'cuda'")
-        can_run = self.device_type == "cpu" or not self.no_cuda
-        require(can_run, f"device_type 'cuda' cannot run, take 'cpu': {self.no_cuda}")
-        # An axis of size 1 is left out of a placement, and of an sbp. If both are of size 1, one
-        # stays.
+        can_run = self.device_type == "cpu" or not self.cuda_problem
+        require(can_run, f"device_type 'cuda' cannot run, take 'cpu': {self.cuda_problem}")
+        # An axis of size 1 is left out of a placement, and of an sbp. If both are, one stays.
         shape = [size for size in (d, t) if size > 1] or [1]
         stages = [self.ranks[:, :, stage].reshape(shape).tolist() for stage in range(p)]
         self.stage_placements = [flow.placement(self.device_type, ranks) for ranks in stages]
@@ -195,7 +198,7 @@ class Dist:
 
     def get_layer_stage_id(self, layer_idx):
         """The pipeline stage of a layer; negative indices count from the end."""
-        if self.pipeline_parallel_size == 1:
+        if self.pipeline_parallel_size == 1:  # `setup` need not know the layers then
             return 0
         layers = len(self.layer_stage_ids)
         error_message = f"layer_idx {layer_idx} must be one of the {layers} layers of the pipeline"
@@ -232,9 +235,10 @@ def batch_to_global(array, layer_idx):
 
 def full_array(tensor):
     """A global tensor -> all of it as a numpy array. Call it on every rank: all of them get it."""
-    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))  # within its placement
+    # One kind of move at a time: to the whole within its own placement, then to all ranks.
+    tensor = tensor.to_global(sbp=[B] * len(tensor.sbp))
     world = flow.placement(tensor.placement.type, list(range(dist.world_size)))
-    tensor = tensor.to_global(placement=world, sbp=B)  # to all ranks
+    tensor = tensor.to_global(placement=world, sbp=B)
     return tensor.to_local().numpy().copy()  # what `numpy` gives can be the tensor's own memory
 
 
@@ -243,7 +247,8 @@ def distribute(tensor, placement, sbp):
 
     So a weight that all ranks draw alike is the same on every mesh, however it is split.
     """
-    # The first move says that all ranks have it, the second cuts it. (The engine sends it anyway.)
+    # The first move says that all ranks have it. (The engine still sends it from the first one to
+    # the others.) The second cuts it.
     tensor = tensor.to_global(placement=placement, sbp=[B] * len(sbp))
     return tensor.to_global(sbp=sbp)
 
@@ -252,7 +257,7 @@ def distribute(tensor, placement, sbp):
 
 
 class Layer(nn.Module):
-    """What all layers share: a place in the model, `layer_idx`, and how weights are stored."""
+    """What layers with weights share: a place in the model, `layer_idx`, and how to store them."""
 
     def __init__(self, layer_idx):
         super().__init__()
@@ -268,6 +273,7 @@ class Layer(nn.Module):
         data_sbp = B
         if dist.shard_params:
             size = dist.data_parallel_size
+            # of the dimensions that the replicas divide evenly
             fits = [S(i) for i, n in enumerate(tensor.shape) if n % size == 0]
             data_sbp = next((sbp for sbp in fits if sbp != tensor_axis_sbp), B)
         placement = dist.get_layer_placement(self.layer_idx)
@@ -284,13 +290,14 @@ class Layer(nn.Module):
         """
         if not dist.shard_params:
             return parameter
-        tensor_axis_sbp = parameter.sbp[-1] if dist.tensor_parallel_size > 1 else B
+        tensor_axis_sbp = parameter.sbp[-1] if dist.tensor_parallel_size > 1 else B  # its last axis
         sbp = dist.get_nd_sbp([B, tensor_axis_sbp])
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
         weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Under sequence parallelism the gradient of a norm or a row bias is [P, P], and the engine
-        # has no single move from there to [S(0), B]. This move makes it [P, B] first.
+        # Forward the next move does nothing. Backward it makes [P, P], which is the gradient of a
+        # norm or a row bias under sequence parallelism, into [P, B]. The engine has no single move
+        # from [P, P] to [S(0), B].
         return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
@@ -301,7 +308,7 @@ def layer_norm(x, weight, bias, eps):
     # On the CPU the engine has no layer_norm kernel. Sums and spreading are matrix products, since
     # adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
     c = x.shape[-1]
-    where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)
+    where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)  # whole on every rank
     ones = flow._C.global_constant((c, 1), 1.0, **where)
     minus_mean = flow.matmul(x, ones, alpha=-1 / c)  # (..., c) -> (..., 1)
     x = x + flow.matmul(minus_mean, ones, transpose_b=True)  # (..., 1) -> (..., c)
@@ -312,6 +319,8 @@ def layer_norm(x, weight, bias, eps):
 
 class Linear(Layer):
     """y = x W^T + b, with the weight whole ("data") or shared by the tensor-parallel ranks.
+
+    The two pictures show W^T. What is stored is W, see below.
 
     "col", for two ranks:  W^T = [W_1, W_2]   y = [x W_1, x W_2]      x whole, y split by features
     "row", for two ranks:  W^T = [W_1]        y = x_1 W_1 + x_2 W_2   x split by features, y whole
@@ -333,6 +342,7 @@ class Linear(Layer):
         super().__init__(layer_idx)
         weight_sbp = {"data": B, "col": S(0), "row": S(1)}
         require(parallel in weight_sbp, f"parallel {parallel!r} must be 'data', 'col' or 'row'")
+        # 0: nothing is split
         features = {"data": 0, "col": out_features, "row": in_features}[parallel]
         ranks = dist.tensor_parallel_size
         error_message = f"{ranks} tensor-parallel ranks do not divide {features} features"
@@ -349,9 +359,10 @@ class Linear(Layer):
         hidden = dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
         # What x and y are, and what their gradients are. The gradient of a "col" Linear's x comes
-        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter. If
-        # the gradient of y came in another sbp than the product has, the engine would move W for
-        # dx = dy W, and it aborts on moving a parameter (see `gather`).
+        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter. That
+        # of a "row" Linear's y is whole, as each summand has the gradient of the sum. If the
+        # gradient of y came in another sbp, the engine would move W for dx = dy W, and it aborts
+        # on moving a parameter (see `gather`).
         x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
             "data": (full, full, full, full),
             "col": (full, hidden, split, split),
@@ -393,9 +404,9 @@ class Dropout(nn.Module):
         super().__init__()
         require(0 <= p < 1, f"dropout probability {p} must lie in [0, 1)")
         self.p = p
-        self.layer_idx = layer_idx  # for `set_pipeline_stage_id`; None: that of the block around
+        self.layer_idx = layer_idx  # None: it has the stage of the block around it
 
-    def mask_shape(self, x):
+    def mask_shape(self, x):  # DropPath has another
         return x.shape
 
     def forward(self, x):
@@ -406,7 +417,7 @@ class Dropout(nn.Module):
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
         # Each rank keeps the slice that it has of x. It cuts one axis after the other, since both
         # at once abort in the engine where the ranks do not divide a dimension.
-        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # (b, 1, 1) stays B along n
+        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # (b, 1, 1) has no n
         for axis, entry in enumerate(x.sbp):
             sbp[axis] = entry if entry in splits else B
             draw = draw.to_global(sbp=sbp)  # a mask has no gradient, and so no grad_sbp
@@ -423,10 +434,10 @@ class DropPath(Dropout):
 class PatchEmbedding(Layer):
     """Images (b, in_chans, h, w) -> (b, patches, embed_dim), patches = h w / patch_size^2.
 
-    `img_size` is (h, w), or one number for both.
-    A convolution whose stride is its size; its weight has a convolution's shape, (embed_dim,
-    in_chans, patch_size, patch_size), and initial values. Raises UsageError if patch_size does not
-    divide img_size, or for images of another size. Source: the paper, section 3.1.
+    `img_size` is (h, w), or one number for both. The layer is a convolution whose stride is its
+    kernel's size. Its weight has the shape of one, (embed_dim, in_chans, patch_size, patch_size),
+    and its initial values. Raises UsageError if patch_size does not divide img_size, or for images
+    of another size or type. Source: the paper, section 3.1.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, *, layer_idx=0):
@@ -449,7 +460,7 @@ class PatchEmbedding(Layer):
         p = self.patch_size
         error_message = f"images of {h} x {w}, the model takes {self.img_size}"
         require((h, w) == self.img_size, error_message)
-        # The engine computes with bytes, off by 0.3, and aborts on float64.
+        # From bytes the engine computes results that are wrong by 0.3. On float64 it aborts.
         error_message = f"images are {x.dtype}: make them float32, as by array.astype(np.float32)"
         require(x.dtype == self.proj.weight.dtype, error_message)
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
@@ -476,7 +487,7 @@ class MLP(nn.Module):
         return self.dropout(self.dense_4h_to_h(x))  # [S(0), S(2)] -> [S(0), B]
 
 
-class MultiheadAttention(Layer):
+class MultiheadAttention(nn.Module):
     """Self-attention, (b, n, c) -> (b, n, c); each tensor-parallel rank computes its own heads.
 
     q, k and v lie side by side within each head (LiBai), so that a slice of the query_key_value
@@ -488,7 +499,7 @@ class MultiheadAttention(Layer):
         self, hidden_size, num_attention_heads, attention_dropout_prob=0.0,
         output_dropout_prob=0.0, *, layer_idx=0,
     ):
-        super().__init__(layer_idx)
+        super().__init__()
         heads = num_attention_heads
         ranks = dist.tensor_parallel_size
         require(hidden_size % heads == 0, f"{heads} heads do not divide {hidden_size} features")
@@ -537,7 +548,7 @@ class TransformerLayer(Layer):
 
     def forward(self, x):
         # The step from one pipeline stage to the next is a send. Within a stage this line does
-        # nothing. A graph with stage ids does not need it: the engine has moved x already.
+        # nothing. Eager mode needs it; in a graph with stage ids the engine has moved x already.
         x = x.to_global(placement=dist.get_layer_placement(self.layer_idx))
         x = x + self.drop_path(self.self_attention(self.input_layernorm(x)))
         return x + self.drop_path(self.mlp(self.post_attention_layernorm(x)))
@@ -593,7 +604,8 @@ class VisionTransformer(Layer):
         """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1)
-        # [B, B] -> [S(0), B]: a slice. Its gradient stays [S(0), B]; `expand` sums it to [P, B].
+        # [B, B] -> [S(0), B]: a slice. Backward the gradient stays [S(0), B], and that of `expand`,
+        # a sum over the images, is [P, B].
         cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
@@ -603,7 +615,8 @@ class VisionTransformer(Layer):
     def forward_head(self, x):
         """(b, tokens, c) -> logits (b, num_classes), from the class token alone."""
         x = self.norm(x)
-        # hidden -> [S(0), B]: the class token is on one rank of [S(0), S(1)], the head on all
+        # hidden -> [S(0), B]. In [S(0), S(1)] one rank has the class token, and the head needs it
+        # on all: a gather of all tokens is the move that the engine has.
         x = x.to_global(sbp=dist.get_nd_sbp([S(0), B]), grad_sbp=x.sbp)
         return self.head(x[:, 0])
 
@@ -633,17 +646,18 @@ def set_pipeline_stage_id(model, stage_id=None):
     between the stages, for what the backward pass will need. So a stage can begin a micro-batch
     before the one ahead of it has come back: 1F1B.
     """
-    # In a graph modules are proxies: `to(nn.Module)` gives the original, `to(nn.graph.GraphModule)`
-    # what the compiler keeps of it. The engine moves all inputs of a module that is given a stage.
-    # So the model itself is given none: its images belong to the first stage and its labels to the
-    # last. Nor are the parts of a block: each would cost an operator forward and one backward.
+    # In a graph modules are proxies. `to(nn.Module)` gives the original.
     for module in model.children():
         layer_idx = getattr(module.to(nn.Module), "layer_idx", None)
         stage_of_module = stage_id
         if layer_idx is not None:
             stage_of_module = dist.get_layer_stage_id(layer_idx)
+        # The engine moves all inputs of a module that is given a stage. So the model itself gets
+        # none: its images belong to the first stage and its labels to the last. Nor do the parts
+        # of a block: each would cost an operator forward and one backward.
         if stage_of_module != stage_id:
             placement = dist.get_layer_placement(layer_idx)
+            # `to(nn.graph.GraphModule)` gives what the compiler keeps of a module.
             module.to(nn.graph.GraphModule).set_stage(stage_of_module, placement)
         set_pipeline_stage_id(module, stage_of_module)
 
@@ -681,10 +695,10 @@ def load_weights(model, arrays, may_be_missing=()):
     wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     errors = []
     for name in sorted(given.keys() | wanted.keys()):
-        may_lack = name not in given and any(part in name for part in may_be_missing)
-        if given.get(name) != wanted.get(name) and not may_lack:
-            is_here = given.get(name, "missing")
-            errors.append(f"{name} is {is_here} and must be {wanted.get(name, 'left out')}")
+        may_stay = name not in given and any(part in name for part in may_be_missing)
+        if given.get(name) != wanted.get(name) and not may_stay:
+            shape = given.get(name, "missing")
+            errors.append(f"{name} is {shape} and must be {wanted.get(name, 'left out')}")
     error_message = f"the weights are of another model: {'; '.join(errors):.300}"
     require(not errors, error_message)
     for name in given:
@@ -714,8 +728,10 @@ def timm_name(name):
 
 
 def _swap_rows(array, outer, inner):
-    """(outer x inner x n, ...) -> (inner x outer x n, ...). timm's rows are all q, all k, all v;
-    ours are q, k and v of each head."""
+    """(outer x inner x n, ...) -> (inner x outer x n, ...).
+
+    timm's rows are all q, all k, all v. Ours are q, k and v of each head.
+    """
     array = array.reshape(outer, inner, -1, *array.shape[1:]).swapaxes(0, 1)
     return array.reshape(-1, *array.shape[3:])
 
@@ -730,13 +746,14 @@ def resize_pos_embed(pos_embed, model):
     height, width = model.patch_embed.grid
     old = math.isqrt(max(tokens - 1, 0))
     is_square = old > 0 and tokens == 1 + old * old
-    if tokens == 1 + height * width and (height == width or not is_square):
+    fits = tokens == 1 + height * width
+    if fits and (height == width or not is_square):
         return pos_embed
     error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
     require(is_square, error_message)
-    # As many tokens in another form would load without a word.
+    # 4 x 4 patches are as many as 2 x 8, and would load in a wrong order.
     error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
-    require(old * old != height * width, error_message)
+    require(not fits, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
     planes = [Image.fromarray(plane).resize((width, height), Image.BICUBIC) for plane in planes]
     grid = np.stack(planes, -1).reshape(1, height * width, -1)  # c x (old, old) -> (1, h w, c)
@@ -775,7 +792,7 @@ def to_timm_state_dict(model):
     return arrays
 
 
-# 5. The rest of the mesh: devices, a picture, what ranks compare ---------------------------------
+# 5. The rest of the mesh: devices, a picture, what ranks compare, a norm over all ranks ----------
 
 
 def why_not_cuda(processes):
@@ -796,7 +813,7 @@ def why_not_cuda(processes):
 def draw_mesh(mesh):
     """The mesh as text: of each stage its blocks and its ranks, a row of them for each replica."""
     d, t, p = mesh.ranks.shape
-    reason = f" ({mesh.no_cuda})" if mesh.no_cuda else ""
+    reason = f" ({mesh.cuda_problem})" if mesh.cuda_problem else ""
     lines = [f"data {d} x tensor {t} x pipeline {p}, {mesh.device_type}{reason}"]
     for stage in range(p):
         blocks = [i for i, s in enumerate(mesh.layer_stage_ids) if s == stage]
@@ -826,6 +843,7 @@ def require_equal_copies(model):
     for (name, tensor), part, column in zip(tensors.items(), parts, checksums.T):
         ranks = tensor.placement.ranks  # of its stage: the mesh, (d, t), or one axis of it
         sums = column[ranks]
+        # Along a B axis all checksums must be that of its first rank.
         whole = [axis for axis, entry in enumerate(tensor.sbp) if entry == B]
         if all((sums == sums.take([0], axis)).all() for axis in whole):
             continue
@@ -846,6 +864,7 @@ def clip_grad_norm(parameters, max_norm):
     hold alike, each counts its share. One number from each rank is all that is sent.
     """
     sizes = [size for size in dist.ranks.shape[:2] if size > 1]  # of the axes that an sbp names
+    # A gradient has the sbp of its weight, so never P.
     parts = []
     copies = []
     for parameter in parameters:
@@ -859,7 +878,7 @@ def clip_grad_norm(parameters, max_norm):
     all_ranks = flow.placement("cpu", list(range(dist.world_size)))
     squares = flow.tensor([squares], dtype=flow.float64).to_global(placement=all_ranks, sbp=P)
     norm = math.sqrt(full_array(squares)[0])
-    scale = max_norm / (norm + 1e-6)  # as a graph clips
+    scale = max_norm / (norm + 1e-6)  # 1e-6: as a graph has it
     if scale < 1:
         for part in parts:
             part.mul_(scale)
