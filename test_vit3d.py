@@ -1480,7 +1480,7 @@ def test_sequence_parallelism_needs_a_token_for_each_rank(mesh):
 
 
 README = (HERE / "README.md").read_text()
-TWO, YOURS, OWN_FILE, _, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
+TWO, YOURS, OWN_FILE, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
 
 
 def run_program(folder, program, *arguments, processes=1):
