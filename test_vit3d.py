@@ -183,7 +183,7 @@ ON = {  # what is on: the flags of train.py
     "sequence": "--drop-rate 0.5 --sequence-parallel",
     "checkpoint": "--drop-rate 0.5 --activation-checkpoint",
     "all": "--drop-rate 0.5 --shard-params --sequence-parallel --activation-checkpoint",
-    "own": "--steps 4",  # section 9
+    "own": "--steps 4",  # section 10
     "everything": "--drop-rate 0.1 --attn-drop-rate 0.1 --drop-path-rate 0.1"
     " --shard-params --sequence-parallel --activation-checkpoint"
     " --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --random-erasing 0.25 --steps 5",
@@ -199,7 +199,7 @@ TABLE = [
     ("sequence",   "graph", 8, "2x2x1"),  # micro-batches of one image for each replica
     ("checkpoint", "graph", 4, "1x2x2 1x1x4"),
     ("all",        "graph", 2, "2x2x2"),
-    ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 10 alone
+    ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 12 alone
     ("plain",      "eager", 4, "2x1x1 1x2x1 1x1x2 4x1x1 1x4x1 1x1x4 2x2x2"),
     ("all",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2 1x4x2 2x1x4"),
     # with the real functions, AdamW, clipping, Mixup and so on
@@ -262,19 +262,26 @@ def run_main(
     return Trainer.last
 
 
-def train_steps(mesh, on, mode, micro_batches, depth, *more, **own):
-    """Train by train.py, on 16 images a step -> {"losses": ..., "validation": ..., weights}."""
-    flags = [*TINY, "--depth", depth, "--data", FOLDER / "images", "--workers", 1]
-    flags += ["--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
+def flags_of(mesh, on, mode, micro_batches):
+    """The flags that a mesh, with what is on, needs for 16 images a step."""
+    flags = [*TINY, "--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
     flags += ["--clip-grad", 0.1]  # gradients are longer than that
     for name, size in zip(("data", "tensor", "pipeline"), mesh):
         flags += [f"--{name}-parallel", size]
     flags += ["--accumulation-steps", micro_batches]
     flags += ["--micro-batch-size", 16 // mesh[0] // micro_batches]
-    flags += [*ON[on].split(), *more]  # of a flag that is given twice, the last counts
-    if mode == "eager":
-        flags = [flag for flag in flags if flag != "--activation-checkpoint"] + ["--eager"]
-    trainer = run_main(*flags, **own)
+    flags += ON[on].split()  # of a flag that is given twice, the last counts
+    flags += ["--eager"] if mode == "eager" else []
+    useless = {"--activation-checkpoint": mode == "eager"}  # such flags are refused
+    useless.update({"--shard-params": mesh[0] == 1, "--sequence-parallel": mesh[1] == 1})
+    return [flag for flag in flags if not useless.get(flag)]
+
+
+def train_steps(mesh, on, mode, micro_batches, depth, *more, **own):
+    """Train by train.py, on 16 images a step -> {"losses": ..., "validation": ..., weights}."""
+    flags = [*flags_of(mesh, on, mode, micro_batches), "--depth", depth, "--workers", 1]
+    flags += [] if "data_set" in own else ["--data", FOLDER / "images"]
+    trainer = run_main(*flags, *more, **own)
     weights = {name: full_array(weight) for name, weight in trainer.model.named_parameters()}
     validation = np.array(Trainer.validations)
     return {"losses": np.array(trainer.losses), "validation": validation, **weights}
@@ -328,18 +335,19 @@ class Exact(VisionTransformer):
 
 @mock.patch.multiple(flow, gelu=whole, softmax=whole)
 @mock.patch.object(vit3d, "layer_norm", lambda x, weight, bias, eps: whole(x) * weight + bias)
-@mock.patch.object(train, "FolderImages", WholeImages)
 def exact_step(*case):
     """Train one step by train.py -> {what it computes: a global tensor}, in its order."""
-    train_steps(*case, "--embed-dim", 64, "--clip-grad", 0, "--steps", 1, model=Exact)
+    flags = "--embed-dim", 64, "--clip-grad", 0, "--steps", 1
+    train_steps(*case, *flags, model=Exact, data_set=WholeImages)
     model, state = Trainer.last.model, train.get_optimizer_state(Trainer.last)
-    loss = flow.tensor(Trainer.last.losses).to_global(placement=train.all_ranks(), sbp=B)
+    all_ranks = flow.placement("cpu", list(range(dist.world_size)))
+    loss = flow.tensor(Trainer.last.losses).to_global(placement=all_ranks, sbp=B)
     # "plain" is held against another number of micro-batches, which has other outputs.
     got = {} if case[1] == "plain" else model.outputs
     got["the loss"], weights = loss, dict(model.named_parameters())
     kinds = ("m", "v") if Trainer.last.graph else ("exp_avg", "exp_avg_sq")  # Adam's states
     for kind, name in itertools.product(kinds, reversed(weights)):  # as the backward pass goes
-        got[f"{kind} of {name}"] = state[f"model.{name}-{kind}"]
+        got[f"{kind} of {name}"] = state[f"optimizer/model.{name}-{kind}"]
     return {**got, **weights}
 
 
@@ -357,9 +365,8 @@ def check_each_bit(got, want):
     """Each process compares what it holds. All of them name what differs first, and where."""
     assert [*got] == [*want]
     same = [holds(tensor, want[name]) for name, tensor in got.items()]
-    first = flow.tensor([[*same, False].index(False)])  # len(got) if all are the same
-    firsts = full_array(first.to_global(placement=train.all_ranks(), sbp=S(0))).tolist()
-    first, rank = min(zip(firsts, range(dist.world_size)))
+    firsts = of_all_ranks([[*same, False].index(False)])  # len(got) if all are the same
+    first, rank = min(zip(firsts[:, 0].tolist(), range(dist.world_size)))
     place = f"rank {rank}, (replica, tensor rank, stage) = {dist.get_coordinates(rank)}"
     assert first == len(got), f"{[*got, 0][first]} differs on {place}"
 
@@ -404,6 +411,11 @@ def make_references(cases):
         else:
             arrays = {k: full_array(t) for k, t in exact_step((1, 1, 1), *reference).items()}
         np.savez(FOLDER / f"{reference}.npz", **arrays)
+
+
+def new_model(depth):
+    flow.manual_seed(0)
+    return VisionTransformer(16, 4, 3, 32, depth, 4, num_classes=10)
 
 
 def differences(got, want):
@@ -602,7 +614,7 @@ def test_blocks_lie_on_the_stages_that_were_asked_for(mesh):
     dist.setup(*mesh, 6)
     assert dist.layer_stage_ids == [0, 1, 2, 2, 3, 3]
     dist.layer_stage_ids = [0, 1, 1, 1, 2, 3]
-    model = VisionTransformer(16, 4, 3, 32, 6, 4)
+    model = new_model(6)
     holds = [block.mlp.dense_4h_to_h.bias.to_local().numel() > 0 for block in model.blocks]
     assert holds == [stage == dist.rank for stage in dist.layer_stage_ids]
     graph = train.Trainer(model, train.parse_arguments([]), 2).graph  # the stage ids make it 1F1B
@@ -1115,7 +1127,7 @@ def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(
     np.testing.assert_allclose(loss, compute(start)[1], atol=2e-6)
     state, rng = train.get_optimizer_state(trainer), np.random.default_rng(1)
     kind = "m" if mode == "graph" else "exp_avg"
-    gradients = full_weights(model, lambda name, _: 10 * state[f"model.{name}-{kind}"])
+    gradients = full_weights(model, lambda name, _: 10 * state[f"optimizer/model.{name}-{kind}"])
     way = {name: rng.standard_normal(g.shape) for name, g in gradients.items()}
     load_weights(model, way)
     move = to_timm_state_dict(model)
@@ -2534,7 +2546,7 @@ def read_own(path):
 
 def train_mine(mesh, mode, micro_batches):
     path, *flags = json.loads(os.environ["VIT3D_MINE"])
-    return train_steps(mesh, "own", mode, micro_batches, 2, more=flags, **read_own(path))
+    return train_steps(mesh, "own", mode, micro_batches, 2, *flags, **read_own(path))
 
 
 def compare_mine(mesh, mode):
