@@ -320,7 +320,8 @@ class Exact(VisionTransformer):
         rng, arrays, self.outputs = np.random.default_rng(0), {}, {}
         for name, weight in self.named_parameters():
             share = 0.5 if weight.numel() < 4096 else 2 / weight.shape[1]
-            arrays[name] = rng.integers(-1, 2, weight.shape) * (rng.random(weight.shape) < share)
+            signs = rng.integers(-1, 2, weight.shape).astype("f4")
+            arrays[name] = signs * (rng.random(weight.shape) < share)
         load_weights(self, arrays)
         for name, part in self.named_modules():
             if isinstance(part, Dropout):
