@@ -7,7 +7,6 @@ python .ci/pairs.py OLD NEW 5 "step 10 " "step 30 " python train.py --eager
 """
 
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,14 +19,14 @@ def seconds(folder, first, last, command):
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     for line in process.stdout:
         if first and line.startswith(first):
             start = time.perf_counter()
         if line.startswith(last):
             end = time.perf_counter()
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # its ranks end with it
             process.wait()
             return end - start
     sys.exit(f"{folder}: no line begins with {last!r}")
