@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each mesh trains as one process, sends and holds what formulas say; one process trains right.
 
-    python -m pytest -q          all tests
-    python test_vit3d.py         the proof as a table (with 16 or 32: on so many processes)
+    python -m pytest -q              all tests
+    python test_vit3d.py             the proof as a table (with 16 or 32: on so many processes)
+    python test_vit3d.py mine.py     the proof for a model of your own
 
 To see what is true, read the first test, in section 1, and TABLE, in section 2.
 
@@ -287,8 +288,8 @@ def train_steps(mesh, on, mode, micro_batches, depth, *more, **own):
     return {"losses": np.array(trainer.losses), "validation": validation, **weights}
 
 
-# Exact arithmetic: where all numbers are whole sixteenths and have less than 24 bits, each sum is the
-# same in any order. So a mesh has the bits of one process, and no tolerance hides a mistake. Three
+# Exact arithmetic: where all numbers are whole sixteenths of less than 24 bits, each sum is the same
+# in any order. So a mesh has the bits of one process, and no tolerance hides a mistake. Three
 # functions that a process computes alone are replaced. Moves, shares, masks and sums stay.
 
 

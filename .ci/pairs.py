@@ -57,4 +57,5 @@ if __name__ == "__main__":
         print(f"clock {old_clock:.2f} {new_clock:.2f}  processors {old_cpu:.2f} {new_cpu:.2f}")
     for i, name in enumerate(("clock", "processors")):
         medians = [statistics.median(pair[side][i] for pair in all_pairs) for side in (0, 1)]
-        print(f"{name}: medians {medians[0]:.2f} {medians[1]:.2f}, ratio {medians[1] / medians[0]:.3f}")
+        ratio = medians[1] / medians[0]
+        print(f"{name}: medians {medians[0]:.2f} {medians[1]:.2f}, ratio {ratio:.3f}")
