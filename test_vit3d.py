@@ -288,8 +288,8 @@ def train_steps(mesh, on, mode, micro_batches, depth, *more, **own):
     return {"losses": np.array(trainer.losses), "validation": validation, **weights}
 
 
-# Exact arithmetic: where all numbers are whole sixteenths of less than 24 bits, a sum is the same in
-# any order. So a mesh has the bits of one process, and no tolerance hides a mistake. Three
+# Exact arithmetic: where all numbers are whole sixteenths of less than 24 bits, a sum is the same
+# in any order. So a mesh has the bits of one process, and no tolerance hides a mistake. Three
 # functions that a process computes alone are replaced. Moves, shares, masks and sums stay.
 
 
