@@ -2096,8 +2096,7 @@ def test_without_clipping_too_an_update_waits_until_the_last_backward_pass_ends(
 # 10. A model of your own --------------------------------------------------------------------------
 
 # What people change, as classes to copy. Layers and models need `vit3d.py` alone. For a trainer
-# write `from train import Trainer`: here it is the one of section 2. To train them by train.py, put
-# their names in place of `VisionTransformer` and `Trainer` in its `main`.
+# write `from train import Trainer`: here it is the one of section 2. `train.run` trains them.
 
 
 class RMSNorm(Layer):

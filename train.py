@@ -27,9 +27,9 @@ def main(args, model_class, trainer_class, data_set_class, score):
     # the mesh and the data
     mesh = (args.data_parallel, args.tensor_parallel, args.pipeline_parallel)
     dist.setup(*mesh, args.depth, args.shard_params, args.sequence_parallel)
-    train_set, val_set = open_data_sets(data_set_class, args)
+    train_set, val_set = open_data_sets(data_set_class, args)  # sets args.images, args.steps, ...
     log = Log(args)
-    path, arrays, record = read_start(args)  # what --resume or --init-from goes on from
+    path, arrays, record = read_start(args)  # --resume or --init-from: its file, weights, flags
     require_alike(args, (train_set, val_set), record)
 
     # the model, and what it goes on from
@@ -42,22 +42,22 @@ def main(args, model_class, trainer_class, data_set_class, score):
         step = load_initial_weights(model, path, arrays, record, args)
         return log.add(dict(step=step, **evaluate(model, val_set, args, score)))
     trainer = trainer_class(model, args, args.steps)
-    first_step = load_start(trainer, path, arrays, record, args)
+    steps_made = load_start(trainer, path, arrays, record, args)
     del arrays  # with Adam's states three times the weights
 
     # the loop
-    flow.manual_seed(args.seed + first_step)  # the masks of dropout
-    keys = training_keys(args.images, args.batch_size, args, first_step, args.steps)
+    flow.manual_seed(args.seed + steps_made)  # the masks of dropout
+    keys = training_keys(args.images, args.batch_size, args, steps_made, args.steps)
     batches = load_batches(train_set, keys, args, mixup)
-    log.start(first_step, record)
-    if log.is_due(first_step, args.eval_every):  # its validation can have been cut off
-        log.add(dict(step=first_step, **evaluate(model, val_set, args, score)))
-    for step, batch in enumerate(batches, first_step + 1):
+    log.start(steps_made, record)
+    if log.is_due(steps_made, args.eval_every):  # a run killed while validating
+        log.add(dict(step=steps_made, **evaluate(model, val_set, args, score)))
+    for step, batch in enumerate(batches, steps_made + 1):
         loss, lr = trainer.step(*batch)
         log.add_step(step, loss, lr, trainer.grad_norm)
         saves = args.output_dir and log.is_due(step, args.save_every)
         validates = log.is_due(step, args.eval_every)
-        if step == first_step + 1 or saves or validates:
+        if step == steps_made + 1 or saves or validates:
             require_equal_copies(model)  # before a wrong one is saved
         if saves:
             record = dict(vars(args), step=step, metrics_bytes=log.sync())
@@ -85,7 +85,7 @@ class TrainGraph(nn.Graph):
         set_pipeline_stage_id(self.model)
 
     def build(self, images, *targets):
-        """What the engine compiles at the first call. The call returns a loss a micro-batch."""
+        """Compiled at the first call. Each call returns a loss for each micro-batch."""
         losses = self.model(images, *targets)["losses"]
         losses.backward()
         return losses
@@ -97,7 +97,8 @@ class TrainGraph(nn.Graph):
         super()._generate_config_proto()
         groups = self.config.proto.train_conf.optimizer_conf
         rates = {group.base_learning_rate for group in groups}
-        error_message = "a graph here takes two groups of one rate: README, 'Rules of the engine'"
+        cure = "README, 'Where a PyTorch habit goes wrong'"
+        error_message = f"a graph here takes two groups of one rate: {cure}"
         require(len(groups) == 2 and len(rates) == 1, error_message)
         decay, no_decay = groups
         decay.variable_op_names.extend(no_decay.variable_op_names)
@@ -186,12 +187,12 @@ class SyntheticImages(Dataset):
         return key, image, self.targets[index]
 
 
-def training_keys(length, batch_size, args, first_step, last_step):
+def training_keys(length, batch_size, args, steps_made, last_step):
     """Yield a replica's keys of each step. Micro-batch i has the same images on every mesh."""
     replica, _, _ = dist.get_coordinates()
-    for step in range(first_step, last_step):
+    for step in range(steps_made, last_step):
         epoch, position = divmod(step, length // batch_size)
-        if step == first_step or position == 0:  # a run can start within an epoch
+        if step == steps_made or position == 0:  # a run can start within an epoch
             order = np.random.default_rng([args.seed, epoch]).permutation(length)
         batch = order[position * batch_size :][:batch_size]
         # (batch,) -> (micro-batches, replicas, images) -> (micro-batches * images,)
@@ -212,7 +213,7 @@ def load_batches(data_set, keys, args, mixup=None):
 
 
 def score(logits, targets):
-    """What `evaluate` averages: by name a number for each image. The first of equal logits is best.
+    """What `evaluate` averages: name -> a number for each image. Of equal logits the first is best.
 
     Where targets are not classes (several labels an image, numbers) give `run` another one.
     """
@@ -374,7 +375,7 @@ def open_data_sets(data_set_class, args):
     steps_an_epoch = args.images // args.batch_size
     error_message = f"a batch of {args.batch_size} is more than {args.images} images"
     require(steps_an_epoch or args.eval_only, error_message)
-    args.steps = args.epochs * steps_an_epoch if args.epochs else args.steps or 200
+    args.steps = args.epochs * steps_an_epoch if args.epochs else (args.steps or 200)
     args.save_every = args.save_every or max(steps_an_epoch, 100)
     return train_set, val_set
 
@@ -428,7 +429,7 @@ def require_shared_memory(workers):
 
 
 def require_alike(args, data_sets, record):
-    """Raise UsageError that names what is not the same on all ranks. Call it on every rank."""
+    """Raise UsageError that names what ranks differ in, paths aside. Call it on every rank."""
     values = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     values["device"] = dist.device_type
     values["targets"] = [list(data_set.targets) for data_set in data_sets]
@@ -461,7 +462,7 @@ SECONDS_OF_SILENCE = 10  # from one sign of life in a long validation to the nex
 
 
 class Log:
-    """What a run tells: a record a line in metrics.jsonl, and text. Rank 0 alone writes."""
+    """What a run tells: one record per line in metrics.jsonl, and text. Rank 0 alone writes."""
 
     def __init__(self, args):
         """Open metrics.jsonl, or eval.jsonl with --eval-only, and lock it.
@@ -502,16 +503,16 @@ class Log:
         if args.data and not args.output_dir and not args.eval_only:
             say("nothing is saved, since there is no --output-dir")
 
-    def start(self, first_step, record):
-        """Cut metrics.jsonl to what it was when the checkpoint was saved. Start the clock."""
+    def start(self, steps_made, record):
+        """Cut metrics.jsonl to what the checkpoint knew, or to nothing. Start the clock."""
         if self.file:
             size = os.path.getsize(self.file.name)
             # Not more than it has: that would add zeros.
-            kept = min(size, record.get("metrics_bytes", size)) if first_step else 0
+            kept = min(size, record.get("metrics_bytes", size)) if steps_made else 0
             self.file.truncate(kept)
-        if first_step < self.args.steps and not self.args.eager:
+        if steps_made < self.args.steps and not self.args.eager:
             say("compiling the graph: seconds on one process, half a minute on eight")
-        self.first_step = first_step
+        self.steps_made = steps_made
         self.start_clock()
 
     def start_clock(self):
@@ -533,11 +534,11 @@ class Log:
         steps = self.args.steps
         time_left = ""
         interval = min(max(steps // 20, 1), 100)  # about 20 lines, but each 100 steps at least
-        is_printed = step == self.first_step + 1 or step % interval == 0
-        if step == self.first_step + 1:
+        is_printed = step == self.steps_made + 1 or step % interval == 0
+        if step == self.steps_made + 1:
             self.after_first_step = now
         else:
-            seconds = (now - self.after_first_step) / (step - self.first_step - 1) * (steps - step)
+            seconds = (now - self.after_first_step) / (step - self.steps_made - 1) * (steps - step)
             time_left = f"  left {timedelta(seconds=int(seconds))}"
         self.add(record, time_left, is_printed)
 
@@ -569,7 +570,7 @@ def checkpoint_path(args):
 
 
 def get_optimizer_state(trainer):
-    """Adam's states of each weight, {"optimizer/model.head.bias-m": tensor}, a graph's counters."""
+    """Adam's states of each weight, {"optimizer/model.head.bias-m": tensor}, and counters."""
     state = {}
     if trainer.graph:
         # sorted: the engine's order can differ from rank to rank
@@ -632,7 +633,7 @@ def save_checkpoint(trainer, record, path):
 def read_start(args):
     """What a run goes on from, its own checkpoint or --init-from -> path, arrays, record.
 
-    The record is the arguments of the run that saved the file, {} if it has none.
+    The record has the arguments of the run that saved the file, {} if it has none.
     """
     path = args.init_from
     checkpoint = checkpoint_path(args)  # it comes before --init-from
@@ -671,8 +672,8 @@ def model_options(args):
 
 def compare_with_saved(names, path, record, args):
     """Say what has changed since a file was saved. Raises UsageError if one of `names` has."""
-    saved_form = json.loads(json.dumps(vars(args), default=str))  # as a checkpoint has it
-    for name, now in saved_form.items():
+    arguments = json.loads(json.dumps(vars(args), default=str))  # as a checkpoint has them
+    for name, now in arguments.items():
         before = record.get(name, now)
         is_told = name != "resume" and not (args.eval_only and name in OF_TRAINING)
         if before == now or not is_told:
@@ -762,7 +763,7 @@ def user_path(text):
 
 def parse_arguments(argv=None, has_own_data=False):
     """The command line. Raises UsageError for what cannot go together."""
-    parser = argparse.ArgumentParser(description="Train. Sizes that are not given are --model's.")
+    parser = argparse.ArgumentParser(description="Train. In brackets: what is taken by default.")
     parser.error = lambda message: require(False, message)  # `end` tells it as other mistakes
     count = number(int, 1)
     rate = number(float, 0)
@@ -783,7 +784,7 @@ def parse_arguments(argv=None, has_own_data=False):
     add("--num-classes", type=count, help="outputs (as many as the data have classes)")
     add("--layer-norm-eps", type=rate, default=1e-5, help="1e-5: LiBai, 1e-6: timm")
     add("--data", type=user_path, metavar="DIR", help="it has train/CLASS/*, val/CLASS/*")
-    add("--no-augment", action="store_true", help="train as validated: resized, cropped")
+    add("--no-augment", action="store_true", help="train on images as validated: resized, cropped")
     mean_help = "of the colours, which lie in 0 to 1 (%(default)s)"
     add("--mean", type=probability, default=[0.485, 0.456, 0.406], help=mean_help, **rgb)
     std = number(float, 1e-6, 1)
@@ -820,7 +821,7 @@ def parse_arguments(argv=None, has_own_data=False):
     add("--init-from", type=user_path, metavar="FILE", help="ours or timm's, .npz or .safetensors")
     args = parser.parse_args(argv)
 
-    # No flag does nothing in silence. What must be given -> is it, and what needs it?
+    # A flag without effect is refused. For each need: is it met, and which arguments have it?
     of_images = ["no_augment", "mean", "std", "crop_pct", "interpolation", "rand_augment"]
     of_images += ["random_erasing", "workers"]
     needs = {
@@ -838,9 +839,9 @@ def parse_arguments(argv=None, has_own_data=False):
     for need, (is_met, names) in needs.items():
         flags = [f"--{name.replace('_', '-')}" for name in given if name in names]
         require(is_met or not flags, f"{', '.join(flags)}: needs {need}")
-    if args.eval_only:  # which is often put behind the command of a training
-        flags = [f"--{name.replace('_', '-')}" for name in given if name in OF_TRAINING]
-        say(f"no training, so no use for: {' '.join(flags)}")
+    useless = [name for name in given if args.eval_only and name in OF_TRAINING]
+    if useless:  # told alone, since --eval-only is often put behind the command of a training run
+        say(f"no training, so no use for: {', '.join(useless)}")
     require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
     is_even = args.micro_batch_size % 2 == 0
     error_message = "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even"
@@ -860,7 +861,7 @@ def launch(processes, command):
     # The engine would send even 127.0.0.1 through a proxy.
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes))
-    environment.setdefault("OMP_NUM_THREADS", "1")  # a rank is one core's arithmetic
+    environment.setdefault("OMP_NUM_THREADS", "1")  # one core for each rank
     # A third of compiling is malloc and free, and mimalloc's are faster.
     mimalloc = [f"{folder}/cmeel.prefix/lib/libmimalloc.so" for folder in sys.path]
     environment.setdefault("LD_PRELOAD", ":".join(filter(os.path.exists, mimalloc)))
@@ -919,15 +920,15 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
     with contextlib.suppress(AttributeError):  # closed, or Jupyter's
         # A line is written at once. A name that is not UTF-8 is printed with escapes.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    # The engine has set a handler of its own. Ctrl-C is to end a process at once, or, where it is
-    # ignored, as before `&` in a script, not at all. (`getsignal` gives what was at the start.)
+    # Ctrl-C ends a process at once: the engine's own handler is replaced. Where it is ignored, as
+    # in `COMMAND &` of a script, it stays so. (`getsignal` gives what was at the start.)
     is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     signal.signal(signal.SIGINT, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     args = parse_arguments(has_own_data=data_set is not None)
     processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
-    alone = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
+    untold = [f"{name} is {n}" for name, n in TASKS.items() if n != "1" and dist.world_size == 1]
     cure = "this task was not told its rank: README has lines for srun and mpirun"
-    require(not alone, f"{', '.join(alone)}, and {cure}")
+    require(not untold, f"{', '.join(untold)}, and {cure}")
     if processes > 1 and dist.world_size == 1:
         sys.exit(launch(processes, [sys.executable, *sys.argv]))
     main(args, model, trainer, data_set, score)

@@ -42,13 +42,16 @@ TASKS = {}  # what launchers say of the number of tasks: train.py's `run` compar
 
 
 def stop(text):
-    """Tell a mistake, and end. (Here the engine is not there yet, nor are exceptions told.)"""
+    """Print a mistake and end. (train.py's `end`, which would print it, is not there yet.)"""
     print(f"vit3d.py: {text}", file=sys.stderr)
     sys.exit(2)
 
 
 def prepare_for_oneflow():
-    """Read and set what the engine changes or reads at its import. What a user has set stays."""
+    """Set what the engine reads at its import, keep what it changes. A user's values stay.
+
+    Variables of a launcher that are empty are deleted. Ends the program under torchrun.
+    """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if os.environ.get(name) == "":  # set to nothing by a line for another launcher
             del os.environ[name]
@@ -179,7 +182,7 @@ class Dist:
         # the activations of fewer micro-batches.
         sizes = [len(share) for share in np.array_split(range(layers), p)][::-1]
         self.layer_stage_ids = [stage for stage, size in enumerate(sizes) for _ in range(size)]
-        processes = self.world_size // flow.env.get_node_size()
+        processes = self.world_size // flow.env.get_node_size()  # of each machine
         self.cuda_problem = why_not_cuda(processes)  # "" if there is none
         self.device_type = device_type or ("cpu" if self.cuda_problem else "cuda")
         require(self.device_type in ("cpu", "cuda"), f"{device_type!r} must be 'cpu' or 'cuda'")
@@ -295,9 +298,9 @@ class Layer(nn.Module):
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
         weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Forward the next move does nothing. Backward it makes [P, P], which is the gradient of a
-        # norm or a row bias under sequence parallelism, into [P, B]. The engine has no single move
-        # from [P, P] to [S(0), B].
+        # Forward the next move does nothing. Backward it turns the gradient of a norm or a row
+        # bias, [P, P] under sequence parallelism, into [P, B]. The engine has no single move from
+        # [P, P] to [S(0), B].
         return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
@@ -394,10 +397,10 @@ class LayerNorm(Layer):
 class Dropout(nn.Module):
     """Zero an element with probability p and scale the others by 1 / (1 - p), when training.
 
-    On every mesh the mask is the one that a single process would draw. For this each rank of the
-    stage draws the numbers of the whole batch, and keeps its slice. The ranks of other stages
-    compute nothing, but `flow.rand` moves their generators on, too, so all stay alike. (The
-    engine's own `nn.Dropout` gives the same mask to all dropouts of one shape.)
+    On every mesh the mask is the one that a single process would draw in the same mode. For this
+    each rank of the stage draws the numbers of the whole batch, and keeps its slice. The ranks of
+    other stages compute nothing, but `flow.rand` moves their generators on, too, so all stay alike.
+    (The engine's own `nn.Dropout` gives the same mask to all dropouts of one shape.)
     """
 
     def __init__(self, p=0.0, *, layer_idx=None):
@@ -417,7 +420,7 @@ class Dropout(nn.Module):
         draw = flow.rand(*shape, placement=x.placement, sbp=sbp)
         # Each rank keeps the slice that it has of x. It cuts one axis after the other, since both
         # at once abort in the engine where the ranks do not divide a dimension.
-        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # (b, 1, 1) has no n
+        splits = [S(i) for i, size in enumerate(shape) if size > 1]  # of (b, 1, 1): only S(0)
         for axis, entry in enumerate(x.sbp):
             sbp[axis] = entry if entry in splits else B
             draw = draw.to_global(sbp=sbp)  # a mask has no gradient, and so no grad_sbp
@@ -721,7 +724,7 @@ TIMM_NAMES = {
 
 
 def timm_name(name):
-    """timm's name of a weight, for ours."""
+    """Our name of a weight -> timm's."""
     for ours, theirs in TIMM_NAMES.items():
         name = name.replace(ours, theirs)
     return name
@@ -746,12 +749,12 @@ def resize_pos_embed(pos_embed, model):
     height, width = model.patch_embed.grid
     old = math.isqrt(max(tokens - 1, 0))
     is_square = old > 0 and tokens == 1 + old * old
+    # 4 x 4 patches are as many as 2 x 8: then nothing tells which they are.
     fits = tokens == 1 + height * width
     if fits and (height == width or not is_square):
         return pos_embed
     error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
     require(is_square, error_message)
-    # 4 x 4 patches are as many as 2 x 8, and would load in a wrong order.
     error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
     require(not fits, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
@@ -832,7 +835,7 @@ def of_all_ranks(numbers):
 def require_equal_copies(model):
     """Raise UsageError if ranks that hold the same part of a weight or buffer differ in it.
 
-    An operator that is wrong on shares does that without a word: README, 'Where a PyTorch habit
+    An operator that is wrong on shares causes that silently: README, 'Where a PyTorch habit
     goes wrong'. Call it on every rank. Differences up to 1e-4 of the largest element pass, since
     processors of two kinds may round copies apart. Weights that `shard_params` splits have no
     copies.
@@ -864,7 +867,7 @@ def clip_grad_norm(parameters, max_norm):
     hold alike, each counts its share. One number from each rank is all that is sent.
     """
     sizes = [size for size in dist.ranks.shape[:2] if size > 1]  # of the axes that an sbp names
-    # A gradient has the sbp of its weight, so never P.
+    # A gradient has the sbp of its weight, so never P. Of another stage's a rank holds nothing.
     parts = []
     copies = []
     for parameter in parameters:
