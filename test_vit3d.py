@@ -193,18 +193,17 @@ TABLE = [
     # what is on   mode   micro-batches  meshes: data x tensor x pipeline
     # in exact arithmetic, on each mesh up to 2x2x2
     ("dropout",    "graph", 2, "2x1x1 1x2x1 1x1x2"),
-    ("dropout",    "graph", 1, "1x4x1 1x4x2 2x1x4"),
-    ("zero",       "graph", 1, "4x1x1"),
+    ("dropout",    "graph", 1, "1x4x1"),
     ("zero",       "graph", 2, "2x1x1 2x1x2"),
     ("sequence",   "graph", 2, "1x2x1"),
     ("sequence",   "graph", 8, "2x2x1"),  # micro-batches of one image for each replica
-    ("checkpoint", "graph", 4, "1x2x2 1x1x4"),
+    ("checkpoint", "graph", 4, "1x2x2"),
     ("all",        "graph", 2, "2x2x2"),
     ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 12 alone
     ("plain",      "eager", 4, "2x1x1 1x2x1 1x1x2 4x1x1 1x4x1 1x1x4 2x2x2"),
     ("all",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2 1x1x4 1x4x2 2x1x4"),
     # with the real functions, AdamW, clipping, Mixup and so on
-    ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2"),
+    ("everything", "graph", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
     ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
 ]  # fmt: skip
 CASES = [  # of the tests: ((2, 1, 1), "plain", "graph", 2), and so on
