@@ -1160,6 +1160,14 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
     assert means == dict(mean_label=labels.mean(), images=23)
 
 
+def test_a_graph_trains_weights_that_had_a_gradient_of_eager_mode():
+    model, labels = small_model(depth=1).train(), np.arange(4)
+    model(batch_to_global(PIXELS[:4], 0), batch_to_global(labels, -1))["losses"].backward()
+    trainer = train.Trainer(model, train.parse_arguments(["--warmup-steps", "0"]), 9)
+    losses = [trainer.step(PIXELS[:4], labels)[0] for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+
+
 def test_a_graph_refuses_groups_of_parameters_whose_rates_it_would_drop():
     args, model = train.parse_arguments([]), small_model()
     for count, lr in ((3, 0.1), (2, 0.2)):

@@ -83,6 +83,8 @@ class TrainGraph(nn.Graph):
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         set_pipeline_stage_id(self.model)
+        for parameter in trainer.model.parameters():
+            parameter.grad = None  # a graph does not train a weight with a gradient of eager mode
 
     def build(self, images, *targets):
         """Compiled at the first call. Each call returns a loss for each micro-batch."""
