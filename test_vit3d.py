@@ -54,8 +54,11 @@ CLEAN = dict(os.environ)  # for commands: without what vit3d and the engine set 
 
 import vit3d  # before all that imports the engine: it prepares it
 
+import flowvision.data
 import numpy as np
 import pytest
+from flowvision.data import Mixup
+from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 from flowvision.models import vision_transformer
 from oneflow.framework import session_context
 from PIL import Image
@@ -1033,7 +1036,7 @@ def test_the_seed_reaches_the_order_the_images_their_augmentation_and_the_mixing
         args = train.parse_arguments(flags.split())
         made = train.SyntheticImages("train", 16, args)
         found = train.FolderImages("train", 16, args)
-        mix = train.load_batches(made, None, args, train.Mixup(0.8, 1.0, num_classes=10)).collate_fn
+        mix = train.load_batches(made, None, args, Mixup(0.8, 1.0, num_classes=10)).collate_fn
         keys = next(train.training_keys(12, 4, args, 0, 1))
         epochs = [[((epoch, i), PIXELS[i % 2], i % 2) for i in range(4)] for epoch in (0, 1)]
         (mixed, labels), (mixed_again, _) = map(mix, epochs)  # two times the same pair
@@ -1059,8 +1062,9 @@ def test_each_number_of_the_recipe_reaches_what_mixes_smooths_and_erases(tmp_pat
     make_folder(tmp_path, dict(train=4, val=1))
     flags = "--mixup 0.3 --cutmix 0.6 --label-smoothing 0.2 --random-erasing 0.4"
     flags += " --rand-augment rand-m3 --steps 1 --eager --micro-batch-size 12 --num-classes 7"
-    spies = {name: mock.Mock(wraps=getattr(train, name)) for name in ("Mixup", "create_transform")}
-    with mock.patch.multiple(train, **spies):
+    names = "Mixup", "create_transform"
+    spies = {name: mock.Mock(wraps=getattr(flowvision.data, name)) for name in names}
+    with mock.patch.multiple(flowvision.data, **spies):
         run_main(*TINY, "--data", tmp_path, *flags.split())
     numbers = dict(prob=1.0, label_smoothing=0.2, num_classes=7)
     assert spies["Mixup"].call_args == mock.call(0.3, 0.6, **numbers)
@@ -1108,7 +1112,7 @@ def test_logits_loss_and_gradient_are_flowvisions_with_its_weights_in_float64(me
         logits = theirs(flow.tensor(PIXELS[:4].astype(float))).numpy()
         return logits, (np.log(np.exp(logits).sum(1)) - (targets * logits).sum(1)).mean()
 
-    loss_func = train.SoftTargetCrossEntropy() if smooth else None
+    loss_func = SoftTargetCrossEntropy() if smooth else None
     model = small_model(mesh, 0.05, layer_norm_eps=1e-6, loss_func=loss_func)
     theirs = vision_transformer.VisionTransformer(num_classes=10, **SIZES).double().eval()
     targets = np.eye(4, 10, dtype="f4") * (1 - smooth) + smooth / 10

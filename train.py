@@ -278,9 +278,6 @@ from safetensors.numpy import load_file
 
 from vit3d import B, MODELS, TASKS, UsageError, distribute, draw_mesh, load_timm_state_dict
 from vit3d import load_weights, of_all_ranks, resize_pos_embed
-from flowvision import datasets
-from flowvision.data import Mixup, create_transform
-from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 
 # flowvision warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", "Argument interpolation")
@@ -288,20 +285,24 @@ warnings.filterwarnings("ignore", "Argument interpolation")
 # Data: an image and its changes depend on seed and key, and not on the mesh
 
 
-class FolderImages(datasets.ImageFolder):
+class FolderImages(Dataset):
     """Images in ImageNet's layout, DIR/SPLIT/CLASS/*, augmented for training."""
 
-    ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".avif", ".gif")
+    ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif")
+    ENDINGS += (".avif", ".gif")
     # What systems put into folders: .ipynb_checkpoints, ._0.jpg, @eaDir with real thumbnails.
     OF_A_SYSTEM = re.compile("/([.@]|__MACOSX(/|$))")
 
     def __init__(self, split, img_size, args):
-        root = str(args.data / split)
+        from flowvision.data import create_transform  # flowvision takes 0.3 s: where it is used
+
+        self.root = str(args.data / split)
         self.seed = args.seed
         self.left_out = Counter()  # of files by ending, of folders by name
         is_training = split == "train" and not args.no_augment
         try:
-            super().__init__(root, is_valid_file=lambda path: True)  # the methods below choose
+            self.classes = self.find_classes()
+            self.samples = list(self.find_images())
             self.transform = create_transform(
                 img_size, is_training=is_training, color_jitter=None, re_mode="pixel",
                 auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
@@ -309,35 +310,36 @@ class FolderImages(datasets.ImageFolder):
             )
         except (OSError, ValueError, AssertionError) as error:  # folders, the policy
             policy = f", --rand-augment {args.rand_augment}" if args.rand_augment else ""
-            raise UsageError(f"{root}{policy}: {error}") from None
-        self.files = [path[len(root) :] for path, _ in self.samples]  # for `require_alike`
+            raise UsageError(f"{self.root}{policy}: {error}") from None
+        self.targets = [target for _, target in self.samples]
+        self.files = [path[len(self.root) :] for path, _ in self.samples]  # for `require_alike`
         empty = set(range(len(self.classes))) - set(self.targets)
         names = ", ".join(self.classes[i] for i in sorted(empty))
-        require(not empty, f"{root}: no image in {names:.300}")
-        error_message = f"{root}/CLASS/* must be two classes or more, not {self.classes}"
+        require(not empty, f"{self.root}: no image in {names:.300}")
+        error_message = f"{self.root}/CLASS/* must be two classes or more, not {self.classes}"
         require(len(self.classes) > 1, error_message)
 
-    def find_classes(self, root):
-        names, _ = super().find_classes(root)
+    def find_classes(self):
+        names = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
         classes = [name for name in names if not self.OF_A_SYSTEM.match(f"/{name}")]
         self.left_out.update(f"{name}/" for name in set(names) - set(classes))
-        return classes, {name: i for i, name in enumerate(classes)}
+        return classes
 
-    def make_dataset(self, root, class_to_idx, *more):
+    def find_images(self):
+        """Yield (path, class) of each image, in an order that is the same on all machines."""
+
         def refuse(error):  # a folder that cannot be read: `os.walk` would pass over it
             raise error
 
-        samples = []
-        for name, target in class_to_idx.items():
-            walk = os.walk(os.path.join(root, name), onerror=refuse, followlinks=True)
+        for target, name in enumerate(self.classes):
+            walk = os.walk(os.path.join(self.root, name), onerror=refuse, followlinks=True)
             for folder, _, files in sorted(walk):
                 for path in (os.path.join(folder, file) for file in sorted(files)):
-                    is_of_system = self.OF_A_SYSTEM.search(path, len(root))
+                    is_of_system = self.OF_A_SYSTEM.search(path, len(self.root))  # below root
                     if path.lower().endswith(self.ENDINGS) and not is_of_system:
-                        samples.append((path, target))
+                        yield path, target
                     else:
                         self.left_out[Path(path).suffix or Path(path).name] += 1
-        return samples
 
     def __getitem__(self, key):
         """(epoch, index) -> the key, the image, its class."""
@@ -387,8 +389,8 @@ def require_classes(data_sets, model, score_function):
 
     A loss or a score of your own may know what such a target means.
     """
-    losses = (nn.CrossEntropyLoss, SoftTargetCrossEntropy)
-    if score_function is not score or type(model.loss_func) not in losses:
+    losses = ("CrossEntropyLoss", "SoftTargetCrossEntropy")
+    if score_function is not score or type(model.loss_func).__name__ not in losses:
         return
     for data_set in data_sets:
         targets = np.array(data_set.targets)
@@ -402,6 +404,8 @@ def new_mixup(args):
     """What mixes pairs of images and makes their labels soft; None if nothing is asked for."""
     if not (args.mixup or args.cutmix or args.label_smoothing):
         return None
+    from flowvision.data import Mixup
+
     prob = float(args.mixup > 0 or args.cutmix > 0)  # smoothing alone mixes nothing
     smoothing = dict(label_smoothing=args.label_smoothing, num_classes=args.num_classes)
     return Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
@@ -668,7 +672,11 @@ OF_TRAINING += ["save_every", "resume"]
 def model_options(args):
     """The arguments of a model class."""
     options = {name: getattr(args, name) for name in (*SIZES, *RATES)}
-    options["loss_func"] = SoftTargetCrossEntropy() if new_mixup(args) else None
+    options["loss_func"] = None  # the cross entropy
+    if new_mixup(args):
+        from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
+
+        options["loss_func"] = SoftTargetCrossEntropy()
     return options
 
 
