@@ -1161,6 +1161,8 @@ def test_validation_counts_each_image_once_as_numpy_does_and_nan_is_wrong():
         head.data.copy_(bias)
         got = train.evaluate(model.train(), images, args, train.score)
         assert list(got.values()) == pytest.approx(want, nan_ok=True) and model.training
+    with pytest.raises(UsageError, match="score must give a number for each image"):
+        train.evaluate(model, images, args, lambda logits, targets: dict(mean=targets.mean()))
     means = train.evaluate(model, images, args, lambda logits, targets: dict(mean_label=targets))
     assert means == dict(mean_label=labels.mean(), images=23)
 
@@ -1693,7 +1695,9 @@ def test_what_comes_after_the_checkpoint_is_cut_from_metrics_and_no_more(tmp_pat
     size = json.loads(str(np.load(tmp_path / "checkpoint.npz")["run/record"]))["metrics_bytes"]
     assert text[:size].count("\n") == 2  # its validation comes after it
     edited = before + text[len(before) : size] + "x" * 99  # what is before it is not read
-    for kept, left in ((edited[:size], edited), (text[:9], text[:9])):  # a file never grows
+    shorter = text[9:]  # whole lines stay, and a file never grows
+    cut = shorter[: shorter[:size].rindex("\n") + 1]
+    for kept, left in ((edited[:size], edited), (cut, shorter), ("", text[:9])):
         path.write_bytes(left.encode())
         with pytest.raises(KeyboardInterrupt):
             run_main(*flags, "--resume", stop_after=0)
@@ -2414,6 +2418,28 @@ def test_a_model_of_your_own_trains_as_on_one_process(mesh, kind):
         assert bytes_by_axis(plan)["tensor"] == OWN[kind][2] * all_reduce
 
 
+class WithSGD(Trainer):
+    """A trainer that takes another optimizer of the engine, for graphs, too."""
+
+    def __init__(self, model, args, steps):
+        super().__init__(model, args, steps)
+        clip = dict(clip_grad_max_norm=args.clip_grad, clip_grad_norm_type=2.0)  # of a graph
+        groups = [dict(params=group.parameters, **clip) for group in self.optimizer.param_groups]
+        self.optimizer = flow.optim.SGD(groups, lr=args.lr)
+        self.scheduler = train.lr_scheduler.CosineDecayLR(self.optimizer, steps)
+
+
+def test_a_trainers_own_optimizer_is_that_of_its_graph_or_is_refused(tmp_path):
+    flags = [*TINY, "--steps", 4, "--output-dir", tmp_path, "--save-every", 2]
+    with pytest.raises(UsageError, match="a graph knows the engine's own optimizers alone"):
+        run_main(*flags, trainer=WithMuon)
+    losses = [run_main(*flags[:-4], *mode, trainer=WithSGD).losses for mode in ([], ["--eager"])]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+    run_main(*flags, "--eager", trainer=WithMuon)
+    with pytest.raises(UsageError, match="optimizer was Muon and must not be AdamW"):
+        run_main(*flags, "--eager", "--resume")
+
+
 @on_meshes(((1, 2, 1),))
 def test_an_optimizer_of_your_own_trains_as_on_one_process(mesh):
     got = train_steps(mesh, "own", "eager", 2, 2, trainer=WithMuon)
@@ -2534,6 +2560,7 @@ def test_copies_that_differ_end_a_run_before_it_saves(mesh):
     model.order = nn.Parameter(flow.randperm(9, **on_mesh).to(flow.float32))
     with pytest.raises(UsageError, match="the copies of order"):
         require_equal_copies(model)
+    model.register_buffer("local", flow.arange(4) + dist.rank)  # of each rank: it has no copies
     model.order = nn.Parameter(distribute(flow.ones(9) + 1e-6 * dist.rank, **on_mesh))
     require_equal_copies(model)  # machines of two kinds may round apart
 
@@ -2551,6 +2578,7 @@ def read_own(path):
     def record(*args, **kwargs):
         own.update(signature.bind(*args, **kwargs).arguments)
 
+    sys.path.insert(0, str(Path(path).parent))  # as for a program
     with mock.patch.object(train, "run", record):
         runpy.run_path(str(path), run_name="__main__")
     own["trainer"] = type("Own", (Recorder, own.get("trainer", train.Trainer)), {})

@@ -9,6 +9,7 @@ Part 1 is a run, from its steps in `main` to its figures. Part 2 is what runs of
 need: folders of images, checkpoints, files, flags, processes. `run` there starts your own classes.
 """
 
+import functools
 import math
 import time
 
@@ -72,6 +73,8 @@ class TrainGraph(nn.Graph):
 
     def __init__(self, trainer, args):
         super().__init__()
+        of_engine = type(trainer.optimizer).__module__.startswith("oneflow.")
+        require(of_engine, "a graph knows the engine's own optimizers alone: give --eager")
         self.model = trainer.model
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
@@ -137,13 +140,14 @@ class Trainer:
         if warmup:
             options = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
             self.scheduler = lr_scheduler.WarmUpLR(self.scheduler, **options)
-        self.graph = None if args.eager else TrainGraph(self, args)
+
+    @functools.cached_property
+    def graph(self):
+        """The step as a graph; None in eager mode. It is made when the optimizer is settled."""
+        return None if self.args.eager else TrainGraph(self, self.args)
 
     def step(self, *batch):
-        """Train on a replica's batch, numpy arrays, images first -> loss, learning rate.
-
-        The loss is the mean over the images of all replicas and micro-batches.
-        """
+        """Train on a replica's arrays, images first -> mean loss of all replicas' images, rate."""
         lr = self.optimizer.param_groups[0]["lr"]
         losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
         self.scheduler.step()  # sets the rate of eager mode, and `lr`; a graph has its own
@@ -215,10 +219,7 @@ def load_batches(data_set, keys, args, mixup=None):
 
 
 def score(logits, targets):
-    """What `evaluate` averages: name -> a number for each image. Of equal logits the first is best.
-
-    Where targets are not classes (several labels an image, numbers) give `run` another one.
-    """
+    """What `evaluate` averages: name -> a number for each image. Of equal logits the first is best."""
     logits = logits.astype(np.float64)
     loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
     best = np.argsort(-logits, 1, kind="stable")[:, :5]
@@ -242,6 +243,8 @@ def evaluate(model, data_set, args, score):
         for batch, (images, _) in zip(batches, load_batches(data_set, keys, args)):
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             scores.append(score(logits, targets[batch.flatten()]))
+            lengths = {np.shape(values)[:1] for values in scores[-1].values()}
+            require(lengths == {(batch.size,)}, "score must give a number for each image")
             if time.monotonic() - told > SECONDS_OF_SILENCE:
                 told = time.monotonic()
                 say(f"validating: {len(scores)} of {len(batches)} batches")
@@ -482,7 +485,7 @@ class Log:
             return
         args.output_dir.mkdir(parents=True, exist_ok=True)
         path = args.output_dir / ("eval.jsonl" if args.eval_only else "metrics.jsonl")
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a+", buffering=1)
         try:
             # Not `flock`: readers of images inherit it and can live longer than the run.
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -513,8 +516,11 @@ class Log:
         """Cut metrics.jsonl to what the checkpoint knew, or to nothing. Start the clock."""
         if self.file:
             size = os.path.getsize(self.file.name)
-            # Not more than it has: that would add zeros.
-            kept = min(size, record.get("metrics_bytes", size)) if steps_made else 0
+            kept = record.get("metrics_bytes", size) if steps_made else 0
+            if "metrics_bytes" not in record and steps_made:
+                say("an older checkpoint: what metrics.jsonl has of later steps stays in it")
+            # Whole lines, and not more than it has: that would add zeros.
+            kept = os.pread(self.file.fileno(), kept, 0).rfind(b"\n") + 1
             self.file.truncate(kept)
         if steps_made < self.args.steps and not self.args.eager:
             say("compiling the graph: seconds on one process, half a minute on eight")
@@ -585,7 +591,9 @@ def get_optimizer_state(trainer):
                 state[f"optimizer/{name}"] = tensor
         return state
     for name, weight in trainer.model.named_parameters():
-        for kind, tensor in trainer.optimizer._state[weight].items():
+        for kind, tensor in trainer.optimizer._state.get(weight, {}).items():
+            is_tensor = isinstance(tensor, flow.Tensor)
+            require(is_tensor, f"the optimizer's {kind} of {name} must be a tensor to be saved")
             state[f"optimizer/model.{name}-{kind}"] = tensor  # as a graph names it
     return state
 
@@ -702,7 +710,7 @@ def compare_with_saved(names, path, record, args):
 
 def natural_order(name):
     """The key by which timm sorts folders: 1, 2, 10. Here they are sorted as text: 1, 10, 2."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def load_initial_weights(model, path, arrays, record, args):
@@ -714,7 +722,9 @@ def load_initial_weights(model, path, arrays, record, args):
     is_timm = "blocks.0.attn.qkv.weight" in arrays
     if is_timm and args.layer_norm_eps == 1e-5:
         say(f"{path}: weights of timm want --layer-norm-eps 1e-6; README has the other flags")
-    head_rows = len(arrays.get("head.bias", ()))
+    head_rows = args.num_classes  # of a model of your own that has another head
+    if "head.weight" in dict(model.named_parameters()):
+        head_rows = len(arrays.get("head.weight", ()))
     reason = ""
     if record.get("classes", args.classes) != args.classes or head_rows != args.num_classes:
         reason = "is for other classes"
@@ -739,12 +749,14 @@ def load_initial_weights(model, path, arrays, record, args):
 
 def load_start(trainer, path, arrays, record, args):
     """Load what `read_start` found. -> the steps that the run has made"""
+    args.optimizer = type(trainer.optimizer).__name__
     if path is None:
         return 0
     if path != checkpoint_path(args):  # it is --init-from
         load_initial_weights(trainer.model, path, arrays, record, args)
         return 0
-    compare_with_saved([*SIZES, "batch_size", "steps", "eager", "classes"], path, record, args)
+    fixed = [*SIZES, "batch_size", "steps", "eager", "classes", "optimizer"]
+    compare_with_saved(fixed, path, record, args)
     load_weights(trainer.model, arrays)
     set_optimizer_state(trainer, arrays, record["step"])
     return record["step"]
@@ -769,6 +781,10 @@ def number(kind, least, most=math.inf):
 def user_path(text):
     """A type for `add_argument`: in --flag=~/x the shell leaves the ~ as it is."""
     return Path(os.path.expanduser(text))
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_arguments(argv=None, has_own_data=False):
@@ -846,16 +862,19 @@ def parse_arguments(argv=None, has_own_data=False):
         "--tensor-parallel 2 or more": (args.tensor_parallel > 1, ["sequence_parallel"]),
     }
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    for need, (is_met, names) in needs.items():
-        flags = [f"--{name.replace('_', '-')}" for name in given if name in names]
-        require(is_met or not flags, f"{', '.join(flags)}: needs {need}")
+    # Told, not refused, since --eval-only is often put behind the command of a training run.
     useless = [name for name in given if args.eval_only and name in OF_TRAINING]
-    if useless:  # told alone, since --eval-only is often put behind the command of a training run
-        say(f"no training, so no use for: {', '.join(useless)}")
+    processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
+    if useless and dist.world_size == processes:  # not before ranks are started
+        say(f"no training, so no use for: {', '.join(map(flag_of, useless))}")
+    for need, (is_met, names) in needs.items():
+        flags = [flag_of(name) for name in given if name in names and name not in useless]
+        require(is_met or not flags, f"{', '.join(flags)}: needs {need}")
     require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
     is_even = args.micro_batch_size % 2 == 0
     error_message = "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even"
-    require(is_even or not (args.mixup or args.cutmix or args.label_smoothing), error_message)
+    mixes = args.mixup or args.cutmix or args.label_smoothing
+    require(is_even or args.eval_only or not mixes, error_message)
     small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
     sizes = {"img_size": 224, "mlp_ratio": 4.0, **MODELS.get(args.model, small)}
     for name, size in sizes.items():
@@ -924,7 +943,7 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
         `classes`, `targets` and `self[epoch, index]`, which is ((epoch, index), image, target). An
         image is float32, (channels, height, width), and depends on nothing but epoch, index, split
         and seed. None: FolderImages with --data, else SyntheticImages.
-    score: a function as `score` above.
+    score: a function as `score` above. Give one where targets are not classes.
     """
     sys.excepthook = end
     with contextlib.suppress(AttributeError):  # closed, or Jupyter's
@@ -940,7 +959,8 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score):
     cure = "this task was not told its rank: README has lines for srun and mpirun"
     require(not untold, f"{', '.join(untold)}, and {cure}")
     if processes > 1 and dist.world_size == 1:
-        sys.exit(launch(processes, [sys.executable, *sys.argv]))
+        require(sys.argv[0] != "-", "ranks read no program from standard input: give them a file")
+        sys.exit(launch(processes, [sys.executable, *sys.orig_argv[1:]]))
     main(args, model, trainer, data_set, score)
 
 

@@ -60,7 +60,7 @@ def prepare_for_oneflow():
         stop(f"torchrun keeps MASTER_PORT for itself: {cure}")
     # srun, mpirun and others set one of these. The engine itself sets WORLD_SIZE.
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
-        if name in os.environ:
+        if os.environ.get(name):
             TASKS[name] = os.environ[name]
     set_default = os.environ.setdefault
     # The engine looks for moves by way of a third sbp. That search aborts on micro-batches of one
@@ -841,6 +841,7 @@ def require_equal_copies(model):
     copies.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_global}
     parts = [tensor.detach().to_local() for tensor in tensors.values()]
     checksums = of_all_ranks([zlib.crc32(part.numpy()) for part in parts])
     for (name, tensor), part, column in zip(tensors.items(), parts, checksums.T):
@@ -853,7 +854,8 @@ def require_equal_copies(model):
         # (...) -> (1, ...) -> (copies, ...): B becomes S(0), and S(i) becomes S(i + 1).
         next_split = {S(i): S(i + 1) for i in range(tensor.ndim)}
         sbp = [next_split.get(entry, S(0)) for entry in tensor.sbp]
-        copies = full_array(part.unsqueeze(0).to_global(placement=tensor.placement, sbp=sbp))
+        copies = part.unsqueeze(0).to_global(placement=tensor.placement, sbp=sbp)
+        copies = full_array(copies).astype(float)
         gap = abs(copies - copies[0]).max()
         error_message = f"the copies of {name} on ranks {ranks.tolist()} differ by {gap:.1e}"
         cure = "README, 'Where a PyTorch habit goes wrong', has what does that"
