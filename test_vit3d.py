@@ -463,7 +463,8 @@ def test_a_mesh_trains_as_one_process_and_has_the_bytes_of_the_formulas(mesh, on
         buffers = any("Pipeline-Buffer" in operator for operator, *_ in plan)
         assert buffers == (mesh[2] > 1 and parts > 1)
         # The formulas leave out scalars, such as the norm of the gradients: they are few.
-        assert sum(4 * times for *_, times, elements in plan if elements == 1) < 2000
+        scalars = sum(4 * times for *_, times, elements in plan if elements == 1)
+        assert scalars < 500 * dist.world_size, scalars
     return equal, moved
 
 
