@@ -219,7 +219,7 @@ def load_batches(data_set, keys, args, mixup=None):
 
 
 def score(logits, targets):
-    """What `evaluate` averages: name -> a number for each image. Of equal logits the first is best."""
+    """What `evaluate` averages: name -> a number an image. The first of equal logits is best."""
     logits = logits.astype(np.float64)
     loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
     best = np.argsort(-logits, 1, kind="stable")[:, :5]
