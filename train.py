@@ -403,9 +403,13 @@ def require_classes(data_sets, model, score_function):
         require(len(others) == 0, error_message)
 
 
+def has_soft_labels(args):
+    return bool(args.mixup or args.cutmix or args.label_smoothing)
+
+
 def new_mixup(args):
     """What mixes pairs of images and makes their labels soft; None if nothing is asked for."""
-    if not (args.mixup or args.cutmix or args.label_smoothing):
+    if not has_soft_labels(args):
         return None
     from flowvision.data import Mixup
 
@@ -681,7 +685,7 @@ def model_options(args):
     """The arguments of a model class."""
     options = {name: getattr(args, name) for name in (*SIZES, *RATES)}
     options["loss_func"] = None  # the cross entropy
-    if new_mixup(args):
+    if has_soft_labels(args):
         from flowvision.loss.cross_entropy import SoftTargetCrossEntropy
 
         options["loss_func"] = SoftTargetCrossEntropy()
@@ -749,7 +753,7 @@ def load_initial_weights(model, path, arrays, record, args):
 
 def load_start(trainer, path, arrays, record, args):
     """Load what `read_start` found. -> the steps that the run has made"""
-    args.optimizer = type(trainer.optimizer).__name__
+    args.optimizer = type(trainer.optimizer).__name__  # for the checkpoints to come, too
     if path is None:
         return 0
     if path != checkpoint_path(args):  # it is --init-from
@@ -873,8 +877,7 @@ def parse_arguments(argv=None, has_own_data=False):
     require(not (args.steps and args.epochs), "--steps and --epochs: give one of them")
     is_even = args.micro_batch_size % 2 == 0
     error_message = "--mixup, --cutmix, --label-smoothing: --micro-batch-size must be even"
-    mixes = args.mixup or args.cutmix or args.label_smoothing
-    require(is_even or args.eval_only or not mixes, error_message)
+    require(is_even or args.eval_only or not has_soft_labels(args), error_message)
     small = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
     sizes = {"img_size": 224, "mlp_ratio": 4.0, **MODELS.get(args.model, small)}
     for name, size in sizes.items():

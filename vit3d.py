@@ -826,9 +826,9 @@ def draw_mesh(mesh):
 
 
 def of_all_ranks(numbers):
-    """Whole numbers of this rank, (n,) -> those of all ranks, (world_size, n). Call it on all."""
+    """64-bit numbers of this rank, (n,) -> those of all ranks, (world_size, n). Call it on all."""
     placement = flow.placement("cpu", list(range(dist.world_size)))
-    numbers = flow.tensor([numbers], dtype=flow.int64)
+    numbers = flow.tensor(np.array([numbers]))  # int64 or float64
     return full_array(numbers.to_global(placement=placement, sbp=S(0)))
 
 
@@ -840,6 +840,8 @@ def require_equal_copies(model):
     processors of two kinds may round copies apart. Weights that `shard_params` splits have no
     copies.
     """
+    if dist.world_size == 1:
+        return
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_global}
     parts = [tensor.detach().to_local() for tensor in tensors.values()]
@@ -880,9 +882,7 @@ def clip_grad_norm(parameters, max_norm):
     if parts:
         norms = flow.stack([flow.linalg.vector_norm(part) for part in parts])
         squares = (norms.numpy().astype(np.float64) ** 2 / copies).sum()
-    all_ranks = flow.placement("cpu", list(range(dist.world_size)))
-    squares = flow.tensor([squares], dtype=flow.float64).to_global(placement=all_ranks, sbp=P)
-    norm = math.sqrt(full_array(squares)[0])
+    norm = math.sqrt(of_all_ranks([squares]).sum())
     scale = max_norm / (norm + 1e-6)  # 1e-6: as a graph has it
     if scale < 1:
         for part in parts:
