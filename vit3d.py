@@ -8,12 +8,11 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
     B     broadcast: each process holds all of it
     P     partial: each process holds a summand, the tensor is their sum
 
-Operators work on global tensors. `to_global` on a global tensor moves it to another sbp or
-placement: the engine finds the communication for it (all-reduce, all-gather, send). In the backward
-pass the gradient goes back to the placement of the input. It gets the sbp `grad_sbp`. Without
-`grad_sbp` the gradient keeps the sbp that it has.
-`to_global` on a local tensor declares: this is my part of a global tensor. Along an axis that is B
-the engine sends the first process's tensor to the others.
+Operators work on global tensors. `x.to_global(sbp=new, grad_sbp=old)` moves x from one sbp to
+another, and in the backward pass its gradient back. The engine finds the communication for it, such
+as an all-reduce. `x.to_global(placement=...)` sends x to other processes. On a local tensor
+`to_global` declares: this is my part of a global tensor. Along an axis that is B the engine sends
+the first process's tensor to the others.
 
 Arguments have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
 entry for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry:
@@ -38,30 +37,9 @@ import numpy as np
 
 # 0. Loading OneFlow 0.9.0: skip this at a first reading ------------------------------------------
 
-TASKS = {}  # what launchers say of the number of tasks: train.py's `run` compares it
-
-
-def stop(text):
-    """Print a mistake and end. (train.py's `end`, which would print it, is not there yet.)"""
-    print(f"vit3d.py: {text}", file=sys.stderr)
-    sys.exit(2)
-
 
 def prepare_for_oneflow():
-    """Set what the engine reads at its import, keep what it changes. A user's values stay.
-
-    Variables of a launcher that are empty are deleted. Ends the program under torchrun.
-    """
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if os.environ.get(name) == "":  # set to nothing by a line for another launcher
-            del os.environ[name]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        cure = "start the ranks by `python -m oneflow.distributed.launch`"
-        stop(f"torchrun keeps MASTER_PORT for itself: {cure}")
-    # srun, mpirun and others set one of these. The engine itself sets WORLD_SIZE.
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
-        if os.environ.get(name):
-            TASKS[name] = os.environ[name]
+    """Set what the engine reads at its import. A user's values stay."""
     set_default = os.environ.setdefault
     # The engine looks for moves by way of a third sbp. That search aborts on micro-batches of one
     # image.
@@ -70,11 +48,10 @@ def prepare_for_oneflow():
     # step in eager mode. At 1,000 entries the engine begins anew.
     set_default("ONEFLOW_EAGER_TENSOR_INFER_CACHE_SIZE", "1000")
     if not os.path.exists("/dev/nvidiactl"):  # there is no GPU
-        # An eager step on 2x2x2 takes 0.6 s, not 1.7.
-        set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")
+        set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")  # an eager step: 0.6 s, not 1.7
         set_default("GLOG_minloglevel", "3")  # no lines on GPUs that are not there
-    # OpenBLAS takes slow code on a processor that is newer than itself, so it is told which to
-    # take. It has one thread: the engine computes products that do not wait for each other at once.
+    # OpenBLAS takes slow code on a processor that is newer than itself. It has one thread: the
+    # engine computes products that do not wait for each other at once.
     with open("/proc/cpuinfo") as file:
         cpu_flags = file.read().split()
     if "avx2" in cpu_flags:
@@ -89,29 +66,22 @@ def prepare_for_oneflow():
 
 
 def wait_for_rank_0(seconds=60):
-    """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine.
-
-    Ends the program if MASTER_ADDR has no IPv4 address by then. If nobody listens there, the engine
-    waits on, and ends by itself.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    rank, world_size, address, port = map(os.environ.get, names)
-    is_complete = None not in (rank, world_size, address, port)
-    is_later_rank = is_complete and int(rank) > 0  # the engine sets -1 in a run of one process
-    if not is_later_rank or "oneflow" in sys.modules:  # once imported, rank 0 listens no more
+    """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine."""
+    if int(os.environ.get("RANK") or 0) < 1 or "oneflow" in sys.modules:  # once imported, it is up
         return
     error = None
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
-            ip_address = socket.gethostbyname(address)  # the engine has no IPv6
-            socket.create_connection((ip_address, int(port)), timeout=1).close()
-            return
+            ip_address = socket.gethostbyname(os.environ["MASTER_ADDR"])  # the engine has no IPv6
+            port = int(os.environ["MASTER_PORT"])
+            return socket.create_connection((ip_address, port), timeout=1).close()
         except OSError as problem:
             error = problem
-        time.sleep(0.05)
-    if isinstance(error, socket.gaierror):
-        stop(f"MASTER_ADDR {address} has no IPv4 address: {error}")
+            time.sleep(0.05)
+    if isinstance(error, socket.gaierror):  # the engine would wait for ever
+        print(f"vit3d.py: MASTER_ADDR has no IPv4 address: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 prepare_for_oneflow()
@@ -204,8 +174,8 @@ class Dist:
         if self.pipeline_parallel_size == 1:  # `setup` need not know the layers then
             return 0
         layers = len(self.layer_stage_ids)
-        error_message = f"layer_idx {layer_idx} must be one of the {layers} layers of the pipeline"
-        require(-layers <= layer_idx < layers, error_message)
+        is_known = -layers <= layer_idx < layers
+        require(is_known, f"layer_idx {layer_idx} must be one of the {layers} layers")
         return self.layer_stage_ids[layer_idx]
 
     def get_layer_placement(self, layer_idx):
@@ -298,9 +268,9 @@ class Layer(nn.Module):
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
         weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # Forward the next move does nothing. Backward it turns the gradient of a norm or a row
-        # bias, [P, P] under sequence parallelism, into [P, B]. The engine has no single move from
-        # [P, P] to [S(0), B].
+        # This one is for the backward pass, which runs bottom up. Under sequence parallelism the
+        # gradient of a norm or a row bias goes [P, P] -> [P, B] here and -> [S(0), B] above. The
+        # engine has no single move for both.
         return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
@@ -309,7 +279,8 @@ def layer_norm(x, weight, bias, eps):
     if x.placement.type == "cuda":  # nobody has run this line yet
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
     # On the CPU the engine has no layer_norm kernel. Sums and spreading are matrix products, since
-    # adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones.
+    # adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones. `matmul` of
+    # OneFlow takes a factor, alpha, and transpose_b: a b^T.
     c = x.shape[-1]
     where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)  # whole on every rank
     ones = flow._C.global_constant((c, 1), 1.0, **where)
@@ -323,22 +294,21 @@ def layer_norm(x, weight, bias, eps):
 class Linear(Layer):
     """y = x W^T + b, with the weight whole ("data") or shared by the tensor-parallel ranks.
 
-    The two pictures show W^T. What is stored is W, see below.
+    For two ranks, whose parts of the stored W, (out_features, in_features), are W_1 and W_2:
 
-    "col", for two ranks:  W^T = [W_1, W_2]   y = [x W_1, x W_2]      x whole, y split by features
-    "row", for two ranks:  W^T = [W_1]        y = x_1 W_1 + x_2 W_2   x split by features, y whole
-                                 [W_2]
+    "col"  W^T = [W_1^T, W_2^T]  y = [x W_1^T, x W_2^T]        x whole, y split by features
+    "row"  W^T = [W_1^T]         y = x_1 W_1^T + x_2 W_2^T     x split by features, y whole
+                 [W_2^T]
 
-    parallel   x               W^T         x W^T           y
-    "data"     [S(0), B]       [B, B]      [S(0), B]       [S(0), B]
-    "col"      [S(0), B]       [B, S(1)]   [S(0), S(last)] [S(0), S(last)]
-    "row"      [S(0), S(last)] [B, S(0)]   [S(0), P]       [S(0), B], by an all-reduce
+    parallel  x                W          x W^T            y          gradient of x, as it arrives
+    "data"    [S(0), B]        [B, B]     [S(0), B]        [S(0), B]        [S(0), B]
+    "col"     [S(0), B]        [B, S(0)]  [S(0), S(last)]  [S(0), S(last)]  [S(0), P]: all-reduce
+    "row"     [S(0), S(last)]  [B, S(1)]  [S(0), P]        [S(0), B]: all-reduce  [S(0), S(last)]
 
-    x: (..., in_features), y: (..., out_features). W is stored as (out_features, in_features), so
-    "col" is S(0) and "row" is S(1). With sequence parallelism "col" takes x and "row" gives y as
-    [S(0), S(1)]. Initial weights: normal, std 0.02 (LiBai); initial bias: zero. Raises UsageError
-    if tensor_parallel_size does not divide the features that are split. Source: Megatron-LM,
-    section 3.
+    x: (..., in_features), y: (..., out_features). With sequence parallelism "col" takes x and "row"
+    gives y as [S(0), S(1)]. Initial weights: normal, std 0.02 (LiBai); initial bias: zero. Raises
+    UsageError if tensor_parallel_size does not divide the features that are split. Source:
+    Megatron-LM, section 3.
     """
 
     def __init__(self, in_features, out_features, bias=True, parallel="data", *, layer_idx=0):
@@ -348,8 +318,8 @@ class Linear(Layer):
         # 0: nothing is split
         features = {"data": 0, "col": out_features, "row": in_features}[parallel]
         ranks = dist.tensor_parallel_size
-        error_message = f"{ranks} tensor-parallel ranks do not divide {features} features"
-        require(features % ranks == 0, error_message)
+        fits = features % ranks == 0
+        require(fits, f"{ranks} tensor-parallel ranks do not divide {features} features")
         self.parallel = parallel
         weight = nn.init.normal_(flow.empty(out_features, in_features), std=0.02)
         self.weight = self.new_parameter(weight, weight_sbp[parallel])
@@ -361,11 +331,8 @@ class Linear(Layer):
         full = dist.get_nd_sbp([S(0), B])
         hidden = dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
-        # What x and y are, and what their gradients are. The gradient of a "col" Linear's x comes
-        # out of the product as [S(0), P]: to `hidden` it is an all-reduce or a reduce-scatter. That
-        # of a "row" Linear's y is whole, as each summand has the gradient of the sum. If the
-        # gradient of y came in another sbp, the engine would move W for dx = dy W, and it aborts
-        # on moving a parameter (see `gather`).
+        # If the gradient of y came in another sbp than here, the engine would move W for
+        # dx = dy W, and it aborts on moving a parameter (see `gather`).
         x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
             "data": (full, full, full, full),
             "col": (full, hidden, split, split),
@@ -447,8 +414,8 @@ class PatchEmbedding(Layer):
         super().__init__(layer_idx)
         self.img_size = tuple(np.broadcast_to(img_size, 2).tolist())
         height, width = self.img_size
-        error_message = f"patches of side {patch_size} do not divide images of {height} x {width}"
-        require(height % patch_size == width % patch_size == 0, error_message)
+        fits = height % patch_size == width % patch_size == 0
+        require(fits, f"patches of side {patch_size} do not divide images of {height} x {width}")
         self.patch_size = patch_size
         self.grid = height // patch_size, width // patch_size
         self.num_patches = math.prod(self.grid)
@@ -461,11 +428,11 @@ class PatchEmbedding(Layer):
     def forward(self, x):
         b, c, h, w = x.shape
         p = self.patch_size
-        error_message = f"images of {h} x {w}, the model takes {self.img_size}"
-        require((h, w) == self.img_size, error_message)
+        wanted = (self.proj.weight.shape[1], *self.img_size)
+        require((c, h, w) == wanted, f"images are {(c, h, w)}, and the model takes {wanted}")
         # From bytes the engine computes results that are wrong by 0.3. On float64 it aborts.
-        error_message = f"images are {x.dtype}: make them float32, as by array.astype(np.float32)"
-        require(x.dtype == self.proj.weight.dtype, error_message)
+        fits = x.dtype == self.proj.weight.dtype
+        require(fits, f"images are {x.dtype}: make them float32, as by array.astype(np.float32)")
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
         x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, self.num_patches, c * p * p)  # (b, c, h, w) -> (b, patches, c p p)
@@ -479,10 +446,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size, ffn_hidden_size, output_dropout_prob=0.0, *, layer_idx=0):
         super().__init__()
-        c = hidden_size
-        inner = ffn_hidden_size
-        self.dense_h_to_4h = Linear(c, inner, parallel="col", layer_idx=layer_idx)
-        self.dense_4h_to_h = Linear(inner, c, parallel="row", layer_idx=layer_idx)
+        ffn = ffn_hidden_size
+        self.dense_h_to_4h = Linear(hidden_size, ffn, parallel="col", layer_idx=layer_idx)
+        self.dense_4h_to_h = Linear(ffn, hidden_size, parallel="row", layer_idx=layer_idx)
         self.dropout = Dropout(output_dropout_prob)
 
     def forward(self, x):
@@ -607,8 +573,8 @@ class VisionTransformer(Layer):
         """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1)
-        # [B, B] -> [S(0), B]: a slice. Backward the gradient stays [S(0), B], and that of `expand`,
-        # a sum over the images, is [P, B].
+        # [B, B] -> [S(0), B]: a slice. Backward `expand` sums over the images: [P, B]. The engine
+        # moves a gradient to the sbp of its weight, so this is data parallelism's all-reduce.
         cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
@@ -689,28 +655,27 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
 def load_weights(model, arrays, may_be_missing=()):
     """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
 
-    Names with a slash, a checkpoint's other entries, are left out. A weight whose name contains a
-    part given in `may_be_missing`, such as ("head.", "lora_"), stays as it is if it has no array.
-    Raises UsageError that names what is missing, surplus or misshapen, not finite or not a float.
+    Each array is read when its turn comes, and names with a slash, a checkpoint's other entries,
+    are left out. A weight whose name contains a part given in `may_be_missing`, such as ("head.",
+    "lora_"), stays as it is if it has no array. Raises UsageError that names what is missing,
+    surplus or misshapen, not finite or not a float.
     """
     parameters = dict(model.named_parameters())
-    given = {name: np.shape(arrays[name]) for name in arrays.keys() if "/" not in name}
-    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    errors = []
-    for name in sorted(given.keys() | wanted.keys()):
-        may_stay = name not in given and any(part in name for part in may_be_missing)
-        if given.get(name) != wanted.get(name) and not may_stay:
-            shape = given.get(name, "missing")
-            errors.append(f"{name} is {shape} and must be {wanted.get(name, 'left out')}")
-    error_message = f"the weights are of another model: {'; '.join(errors):.300}"
-    require(not errors, error_message)
+    given = [name for name in arrays.keys() if "/" not in name]
+    missing = [name for name in parameters if name not in given]
+    missing = [name for name in missing if not any(part in name for part in may_be_missing)]
+    errors = [f"{name} is missing" for name in missing]
+    errors += [f"{name} must be left out" for name in given if name not in parameters]
+    require(not errors, f"the weights are of another model: {'; '.join(errors):.300}")
     for name in given:
         array = np.asarray(arrays[name])
+        parameter = parameters[name]
+        error_message = f"{name} is {array.shape} and must be {tuple(parameter.shape)}"
+        require(array.shape == tuple(parameter.shape), error_message)
         require(array.dtype.kind == "f", f"{name} is {array.dtype}, and weights must be floats")
         require(np.isfinite(array).all(), f"{name} is not finite and is not loaded")
-        array = np.ascontiguousarray(array, np.float32)
-        parameter = parameters[name]
-        parameter.data.copy_(distribute(flow.tensor(array), parameter.placement, parameter.sbp))
+        weight = flow.tensor(np.asarray(array, np.float32, order="C"))
+        parameter.data.copy_(distribute(weight, parameter.placement, parameter.sbp))
 
 
 TIMM_NAMES = {
@@ -749,14 +714,12 @@ def resize_pos_embed(pos_embed, model):
     height, width = model.patch_embed.grid
     old = math.isqrt(max(tokens - 1, 0))
     is_square = old > 0 and tokens == 1 + old * old
-    # 4 x 4 patches are as many as 2 x 8: then nothing tells which they are.
     fits = tokens == 1 + height * width
     if fits and (height == width or not is_square):
         return pos_embed
-    error_message = f"pos_embed of {tokens} tokens is not a class token and a square"
-    require(is_square, error_message)
-    error_message = f"pos_embed is of {old} x {old} patches, the model has {height} x {width}"
-    require(not fits, error_message)
+    # 4 x 4 patches are as many as 2 x 8, and nothing tells which they are.
+    error_message = f"pos_embed of {tokens} tokens is of no square, or may be of {height} x {width}"
+    require(is_square and not fits, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
     planes = [Image.fromarray(plane).resize((width, height), Image.BICUBIC) for plane in planes]
     grid = np.stack(planes, -1).reshape(1, height * width, -1)  # c x (old, old) -> (1, h w, c)
@@ -830,6 +793,14 @@ def of_all_ranks(numbers):
     placement = flow.placement("cpu", list(range(dist.world_size)))
     numbers = flow.tensor(np.array([numbers]))  # int64 or float64
     return full_array(numbers.to_global(placement=placement, sbp=S(0)))
+
+
+def require_alike(values):
+    """Raise UsageError that names what ranks differ in. Call it on every rank."""
+    checksums = of_all_ranks([zlib.crc32(repr(value).encode()) for value in values.values()])
+    columns = checksums.T  # (ranks, values) -> (values, ranks)
+    names = [name for name, column in zip(values, columns) if len(set(column)) > 1]
+    require(not names, f"the ranks differ in {', '.join(names)}")
 
 
 def require_equal_copies(model):
