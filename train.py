@@ -62,21 +62,20 @@ class TrainGraph(nn.Graph):
         super().__init__()
         # The engine would train a subclass of SGD as SGD. It clips each group by its own norm.
         is_known = type(trainer.optimizer) in (SGD, Adagrad, Adam, AdamW, RMSprop)
-        one_group = len(trainer.optimizer.param_groups) == 1
-        error_message = "a graph takes SGD, Adagrad, Adam, AdamW or RMSprop, with one group"
-        require(is_known and one_group, f"{error_message}: other optimizers need --eager")
-        # No reference to the trainer: a cycle would be collected at another time on each rank, and
-        # the end of a graph waits for all of them.
+        fits = is_known and len(trainer.optimizer.param_groups) == 1
+        kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group"
+        require(fits, f"a graph takes {kinds}: other optimizers need --eager")
+        # A reference to the trainer would be a cycle, which is collected at another time on each
+        # rank. The end of a graph waits for all ranks.
         self.model = trainer.model
-        self.weights = dict(trainer.model.named_parameters())
+        self.weights = trainer.weights
         self.no_gradient = trainer.no_gradient
         self.no_decay = trainer.no_decay if trainer.optimizer is trainer.adamw else ()
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
-        # Clipping becomes a part of each weight's update. The graph has 5% fewer operators.
-        self.config.allow_fuse_model_update_ops(True)
+        self.config.allow_fuse_model_update_ops(True)  # clipping is a part of each weight's update
         if dist.device_type == "cpu":
-            # A CPU has no NCCL and casts to no half precision. To look for them takes time.
+            # A CPU has no NCCL and no half precision. To look for them takes time.
             flow.boxing.nccl.enable_use_compute_stream(False)
             self.config.proto.do_parallel_cast_before_widening_type_cast = False
         for block in self.model.blocks:
@@ -89,7 +88,8 @@ class TrainGraph(nn.Graph):
         """Compiled at the first call. Each call returns a loss for each micro-batch."""
         losses = self.model(images, *targets)["losses"]
         losses.backward()
-        self.no_gradient += names_without_gradient(self.weights)
+        named = self.weights.items()
+        self.no_gradient += [name for name, p in named if p.requires_grad and p.grad is None]
         return losses
 
     def _generate_config_proto(self):  # the engine calls this when it compiles
@@ -98,10 +98,6 @@ class TrainGraph(nn.Graph):
             (group,) = self.config.proto.train_conf.optimizer_conf
             patterns = [f"^model.{name}$" for name in self.no_decay]
             group.weight_decay_conf.excludes.pattern.extend(patterns)
-
-
-def names_without_gradient(weights):
-    return [name for name, p in weights.items() if p.requires_grad and p.grad is None]
 
 
 class Trainer:
@@ -116,14 +112,15 @@ class Trainer:
     def __init__(self, model, args, steps):
         self.model = model.train()
         self.args = args
+        self.weights = dict(model.named_parameters())
         self.no_gradient = []  # names of weights that require a gradient and get none
-        self.no_decay = set(model.no_weight_decay())
-        self.no_decay.update(name for name, p in model.named_parameters() if p.ndim <= 1)
+        self.no_decay = {name for name, p in self.weights.items() if p.ndim <= 1}
+        self.no_decay.update(model.no_weight_decay())
         # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         group = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         # The engine has one decay for a group. A graph excludes names, eager mode decays by hand.
-        group.update(params=model.parameters(), weight_decay=0 if args.eager else args.weight_decay)
-        self.adamw = AdamW([group], lr=args.lr)
+        group["weight_decay"] = 0 if args.eager else args.weight_decay
+        self.adamw = AdamW([dict(params=self.weights.values(), **group)], lr=args.lr)
         self.optimizer = self.adamw  # a trainer of your own can take another one
         warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
         require(warmup < max(steps, 1), f"--warmup-steps {warmup} must be below {steps} steps")
@@ -155,14 +152,14 @@ class Trainer:
             losses = self.model(*self.to_mesh(*micro_batch))["losses"] / n
             losses.backward()
             total = total + losses.detach()
-        weights = dict(self.model.named_parameters())
-        self.no_gradient = names_without_gradient(weights)
-        self.grad_norm = clip_grad_norm(weights.values(), self.args.clip_grad or 1e9)
+        named = self.weights.items()
+        self.no_gradient = [name for name, p in named if p.requires_grad and p.grad is None]
+        self.grad_norm = clip_grad_norm(self.weights.values(), self.args.clip_grad or 1e9)
         if self.optimizer is self.adamw:
             kept = 1 - self.adamw.param_groups[0]["lr"] * self.args.weight_decay
-            for name, parameter in weights.items():
-                if parameter.grad is not None and name not in self.no_decay:
-                    parameter.data.mul_(kept)
+            for name, p in named:
+                if p.grad is not None and name not in self.no_decay:
+                    p.data.mul_(kept)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
@@ -205,10 +202,7 @@ def training_keys(args, start):
 
 
 def load_batches(data_set, keys, args, is_training=False):
-    """Iterate over numpy batches for lists of keys: images (b, 3, h, w), labels (b,).
-
-    For training labels may be mixed or smoothed, (b, classes).
-    """
+    """Iterate over numpy batches: images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
     # A data set may seed flow for each image, as FolderImages in part 2 does. Here it would repeat
     # the masks of dropout, so all but SyntheticImages are read in other processes.
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
@@ -271,7 +265,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 import warnings
 import zipfile
 import zlib
@@ -800,7 +793,7 @@ def end(error):
         # What comes from a reader's process has its traceback in front.
         print("train.py:", str(error).rpartition("UsageError: ")[2].strip(), file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        sys.__excepthook__(type(error), error, error.__traceback__)
     if dist.world_size > 1:
         wait_unheard(1)
         os._exit(code)  # the engine's own end would wait for the other ranks
