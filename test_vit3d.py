@@ -2272,6 +2272,8 @@ class LoraLinear(Linear):
 class Adapted(VisionTransformer):
     """Frozen but for adapters in each MLP and the head."""
 
+    zero_gradient_at_first = ("lora_a",)  # what it gives is multiplied by lora_b, at first 0
+
     def __init__(self, **options):
         super().__init__(**options)
         for i, block in enumerate(self.blocks):
@@ -2319,6 +2321,11 @@ def train_own(mesh, kind, mode, micro_batches):
 def make_own_references():
     for kind in OWN:
         np.savez(FOLDER / f"{kind}.npz", **train_own((1, 1, 1), kind, "eager", 1))
+    (FOLDER / "mine.py").write_text(
+        "import test_vit3d, train\ntrain.run(test_vit3d.with_line(test_vit3d.STACK))"
+    )
+    os.environ["VIT3D_MINE"] = json.dumps([str(FOLDER / "mine.py")])
+    np.savez(FOLDER / "mine-eager.npz", **train_mine((1, 1, 1), "eager", 1))
 
 
 @on_meshes(*itertools.product([(2, 1, 1), (1, 2, 1), (1, 1, 2)], OWN))
@@ -2487,6 +2494,7 @@ def test_copies_that_differ_end_a_run_before_it_saves(mesh):
 # 11. The proof for a model of your own: python test_vit3d.py mine.py ------------------------------
 
 OWN_MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
+HABITS = "README, 'Where a PyTorch habit goes wrong'"  # what a row about a mistake ends with
 
 
 def read_own(path):
@@ -2504,37 +2512,162 @@ def read_own(path):
     return own
 
 
-def train_mine(mesh, mode, micro_batches):
+def train_mine(mesh, mode, micro_batches, *in_front):
     path, *flags = json.loads(os.environ["VIT3D_MINE"])
-    return train_steps(mesh, "own", mode, micro_batches, 2, *flags, **read_own(path))
+    own = read_own(path)
+    own["trainer"] = type("Own", (*in_front, own["trainer"]), {})
+    return train_steps(mesh, "own", mode, micro_batches, 2, *flags, **own)
+
+
+def gaps_between(got, want):
+    """-> {name: largest difference} of all weights, then of the losses"""
+    names = [name for name in got if name not in ("losses", "validation")]
+    return {name: float(abs(got[name] - want[name]).max()) for name in (*names, "losses")}
+
+
+def first_above(bound, gaps):
+    return next((name for name, gap in gaps.items() if not gap < bound), None)
 
 
 def compare_mine(mesh, mode):
     """Train it in two micro-batches -> the largest differences from one process, and a verdict."""
-    want = np.load(FOLDER / f"mine-{mode}.npz")
-    got = train_mine(mesh, mode, 2)
-    gaps = {name: float(abs(got[name] - want[name]).max()) for name in got if name != "validation"}
-    first = next((name for name, gap in gaps.items() if not gap < 1e-5 and name != "losses"), "")
+    gaps = gaps_between(train_mine(mesh, mode, 2), np.load(FOLDER / f"mine-{mode}.npz"))
+    first = first_above(1e-5, gaps)
+    verdict = f"DIFFERS, first in {first}: {HABITS}" if first else "as one process"
     losses = gaps.pop("losses")
-    verdict = f"DIFFERS, first in {first or 'losses'}" if first or not losses < 1e-5 else ""
-    return f"{losses:<9.1e}{max(gaps.values()):<9.1e}{verdict or 'as one process'}"
+    return f"{losses:<9.1e}{max(gaps.values()):<9.1e}{verdict}"
 
 
 for mode in ("eager", "graph"):
-    for mesh in [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]:
+    for mesh in OWN_MESHES:
         BODIES[math.prod(mesh)][f"mine[{case_id(mesh, mode)}]"] = compare_mine, (mesh, mode)
+
+# Three rows need one process alone. They see what is wrong alike on all meshes.
+
+
+class Probe:
+    """In front of a trainer class: it looks at the model before the first step in eager mode."""
+
+    def eager_step(self, *batch):
+        if not self.losses:
+            Probe.given = self.model, self.to_mesh(*batch)
+            Probe.of_seeds = [full_array(loss_of(*Probe.given, seed)) for seed in (0, 0, 1)]
+            Probe.gradients = gradients_of(*Probe.given)
+        return super().eager_step(*batch)
+
+
+def loss_of(model, inputs, seed=0):
+    flow.manual_seed(seed)  # of dropout's masks
+    return model(*inputs)["losses"]
+
+
+def gradients_of(model, inputs):
+    """{name: array} of the weights that require a gradient; zeros for one that gets none"""
+    model.zero_grad(set_to_none=True)
+    loss_of(model, inputs).backward()
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p * 0 if p.grad is None else p.grad for name, p in weights.items()}
+    model.zero_grad(set_to_none=True)
+    return {name: full_array(gradient) for name, gradient in gradients.items()}
+
+
+def slopes_of(model, inputs, dtype, step):
+    """{name: (slope of the loss in a random direction, what the gradient says, their gap)}
+
+    The gap is in lengths of the gradient, or in hundredths of the length of all gradients.
+    """
+    model.to(dtype)
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    gradients = gradients_of(model, inputs)
+    weights = dict(model.named_parameters())
+    shortest = 0.01 * math.hypot(*(np.linalg.norm(g) for g in gradients.values()))
+    rng = np.random.default_rng(0)
+    slopes = {}
+    for name, gradient in gradients.items():
+        weight = weights[name].data
+        direction = rng.standard_normal(weight.shape)
+        move = distribute(flow.tensor(step * direction).to(dtype), weight.placement, weight.sbp)
+        ends = []
+        for times in (1, -2):
+            weight.add_(times * move)
+            ends.append(float(full_array(loss_of(model, inputs))))
+        weight.add_(move)
+        slope = (ends[0] - ends[1]) / (2 * step)
+        own = (gradient * direction).sum()
+        slopes[name] = slope, own, abs(slope - own) / max(np.linalg.norm(gradient), shortest)
+    return slopes
+
+
+def row_of_graph(graph, eager):
+    """Is a graph eager mode? (Only the first loss: later ones add up how two AdamW round.)"""
+    runs = [dict(run, losses=run["losses"][:1]) for run in (graph, eager)]
+    gaps = gaps_between(*runs)
+    first = first_above(1e-5, gaps)
+    if first and Probe.of_seeds[0] == Probe.of_seeds[1] != Probe.of_seeds[2]:
+        return "a graph is not compared: it draws other masks than eager mode, so set rates to 0"
+    if first:
+        losses = "loss {:.5f} for {:.5f}".format(*(run["losses"][0] for run in runs))
+        return f"a graph is NOT eager mode: {losses}, {first} by {gaps[first]:.1e}: {HABITS}"
+    loss = gaps.pop("losses")
+    return f"a graph is eager mode: loss {loss:.1e}, weights {max(gaps.values()):.1e}"
+
+
+def row_of_presence():
+    """Has each weight that requires a gradient one that is not 0?"""
+    may_be_zero = getattr(Probe.given[0], "zero_gradient_at_first", ())
+    without = [name for name, gradient in Probe.gradients.items() if not gradient.any()]
+    without = [name for name in without if not any(part in name for part in may_be_zero)]
+    if without:
+        return f"weights get NO gradient: {', '.join(without):.300}: {HABITS}"
+    return "each weight that requires a gradient gets one"
+
+
+def row_of_slopes():
+    """Is the gradient that of the loss? The weights are those after some steps: few are 0."""
+    if Probe.of_seeds[0] != Probe.of_seeds[1]:
+        return "the gradient is not compared: one seed gives two losses, as with nn.Dropout"
+    bound = 1e-4
+    note = ""
+    try:
+        got = slopes_of(*Probe.given, flow.float64, 1e-6)
+        other = slopes_of(*Probe.given, flow.float64, 2e-6)
+        # What is computed in float32 on the way jumps: then the step matters.
+        is_smooth = all(abs(got[name][2] - other[name][2]) < bound for name in got)
+    except Exception:  # such as a product with a constant in float32
+        is_smooth = False
+    if not is_smooth:
+        bound = 0.1
+        note = " (to 0.1, as a part of the model takes no float64)"
+        got = slopes_of(*Probe.given, flow.float32, 3e-3)
+    gaps = {name: gap for name, (_, _, gap) in got.items()}
+    first = first_above(bound, gaps)
+    if first:
+        numbers = "slope {:.5g}, and its gradient gives {:.5g}".format(*got[first])
+        return f"the gradient is NOT that of the loss: {first} has {numbers}{note}: {HABITS}"
+    return f"the gradient is that of the loss: {max(gaps.values()):.1e}{note}"
 
 
 def print_proof_of_mine(path, flags, processes):
-    """A row for each mesh and mode: is it as one process, and if not, what differs?"""
+    """Three rows of one process, then one for each mesh and mode. -> were all of them right?"""
     os.environ["VIT3D_MINE"] = json.dumps([str(Path(path).resolve()), *flags])
-    print("mesh   mode   loss     weight   (largest differences from one process)", flush=True)
+    one = (1, 1, 1)
+    rows = []
+
+    def tell(text, is_right):
+        rows.append(is_right)
+        print(text, file=sys.__stdout__, flush=True)
+
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         set_folder(Path(folder))
-        for mode in ("eager", "graph"):
-            np.savez(FOLDER / f"mine-{mode}.npz", **train_mine((1, 1, 1), mode, 1))
-            text = compare_mine((1, 1, 1), mode)
-            print(f"1x1x1  {mode:<7}{text}", file=sys.__stdout__, flush=True)
+        runs = {mode: train_mine(one, mode, 1) for mode in ("eager", "graph")}
+        train_mine(one, "eager", 1, Probe)
+        for text in (row_of_graph(**runs), row_of_presence(), row_of_slopes()):
+            tell(text, HABITS not in text)
+        tell("mesh   mode   loss     weight   (largest differences from one process)", True)
+        for mode, arrays in runs.items():
+            np.savez(FOLDER / f"mine-{mode}.npz", **arrays)
+            text = compare_mine(one, mode)
+            tell(f"1x1x1  {mode:<7}{text}", text.endswith("as one process"))
         for n in processes:
             names = [name for name in BODIES[n] if name.startswith("mine[")]
             for name, ranks in start_ranks(n, names).items():
@@ -2543,7 +2676,80 @@ def print_proof_of_mine(path, flags, processes):
                 text = errors[0].splitlines()[-1] if errors else ranks[0][1]
                 if errors and "did not come to its end" in errors[0]:
                     text = errors[0].partition(":")[0]  # this case, or one before it, hung
-                print(f"{mesh:<7}{mode:<7}{text}", file=sys.__stdout__, flush=True)
+                tell(f"{mesh:<7}{mode:<7}{text}", text.endswith("as one process"))
+    return all(rows)
+
+
+class Habit(VisionTransformer):
+    """With a line between the last block and the head."""
+
+    line = "x = x + w"
+
+    def __init__(self, embed_dim, **options):
+        super().__init__(embed_dim=embed_dim, **options)
+        self.shift = self.new_parameter(flow.zeros(1, 1, embed_dim))
+
+    def forward_head(self, x):
+        names = dict(flow=flow, x=x, w=self.gather(self.shift))
+        exec(self.line, names)
+        return VisionTransformer.forward_head(self, names["x"])
+
+
+CLONE = "y = x.clone(); y[:, 0] = 0; x = x + w + 0.5 * y"
+STACK = """
+y = (x + w).reshape(len(x), -1, 4, 8).transpose(1, 2)
+x = flow.stack([y[..., :4], 2 * y[..., 4:]], -1).flatten(3).transpose(1, 2).flatten(2)"""
+LINES = {  # what the rows of one process say
+    STACK: "gets one, .* is that of the loss: [^(]*",  # it is wrong on shares alone
+    "y = x[:, :1]; y += w": "NO gradient: shift: .* is that of the loss: [^(]*",
+    "x = x + w.detach()": "NO gradient: shift: .* NOT that of the loss: shift has slope .*",
+    "x = x + w + 0.5 * x.detach()": "gets one, .* NOT that of the loss: cls_token has [^(]*",
+    "x = flow.where(x > 0, x, x.float()) + w": "gets one, .* is that of the loss: .* no float64.",
+    "x = x + w + x.detach().float()": "gets one, .* NOT that .* cls_token has .* no float64.: .*",
+}
+
+
+def with_line(line):
+    return type("Mine", (Habit,), {"line": line})
+
+
+def probe(model, *flags, trainer=Trainer):
+    """Train on one process as the proof does -> the rows of one process but that of a graph."""
+    own = dict(model=model, trainer=type("Own", (Probe, trainer), {}), data_set=WholeImages)
+    train_steps((1, 1, 1), "own", "eager", 1, 2, *flags, **own)
+    return f"{row_of_presence()}, {row_of_slopes()}"
+
+
+def test_weights_with_a_wrong_gradient_or_none_are_named_and_right_models_are_not(monkeypatch):
+    for line, rows in LINES.items():
+        assert re.fullmatch(f".* {rows}", probe(with_line(line))), line
+    right = "each weight .* gets one, the gradient is that of the loss: .*e-0[789]"
+    assert re.fullmatch(right, probe(Indexed))  # it is wrong on replicas alone
+    for model, trainer, _ in OWN.values():
+        assert re.fullmatch(right, probe(model, trainer=trainer)), model
+    monkeypatch.setattr(Adapted, "zero_gradient_at_first", ())
+    assert "NO gradient: blocks.0.mlp.dense_h_to_4h.lora_a.weight, " in probe(Adapted)
+    assert re.fullmatch(right, probe(VisionTransformer, "--drop-rate", 0.5))
+    run = dict(losses=np.zeros(1), head=np.zeros(1))
+    assert "set rates to 0" in row_of_graph(dict(run, head=np.ones(1)), run)
+
+
+@pytest.mark.parametrize("line, is_right", [(Habit.line, True), (CLONE, False)])
+def test_a_proof_is_right_if_all_its_rows_are(line, is_right, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.modules[__name__], "FOLDER", FOLDER)  # all is undone at the end
+    monkeypatch.setenv("VIT3D_TEST_FOLDER", "")
+    monkeypatch.setenv("VIT3D_MINE", "")
+    path = tmp_path / "mine.py"
+    path.write_text(f"import test_vit3d, train\ntrain.run(test_vit3d.with_line({line!r}))")
+    assert print_proof_of_mine(path, [], []) == is_right
+    rows = capfd.readouterr().out
+    wrong = re.findall("a graph is NOT eager mode: loss 2.7.* for 2.7.*, cls_token by .*e-.*", rows)
+    assert rows.count("as one process\n") == 2 and len(wrong) == rows.count(HABITS) == 1 - is_right
+
+
+@on_meshes(((2, 1, 1),))
+def test_the_row_of_a_mesh_names_what_is_wrong_on_shares(mesh):
+    assert HABITS in compare_mine(mesh, "eager")
 
 
 # 12. The proof as a table -------------------------------------------------------------------------
@@ -2579,6 +2785,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] and sys.argv[1].endswith(".py"):
         own_file, *more = sys.argv[1:]  # a number of processes, then flags of train.py
         own_processes = [int(more.pop(0))] if more and more[0].isdigit() else [2, 8]
-        print_proof_of_mine(own_file, more, own_processes)
+        sys.exit(0 if print_proof_of_mine(own_file, more, own_processes) else 1)
     else:
         print_proof([int(sys.argv[1])] if sys.argv[1:] else [2, 4, 8])

@@ -806,7 +806,9 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score_cla
     model: a class that takes the arguments of VisionTransformer. It has `blocks`, `loss_func` and
         `no_weight_decay()`. `forward` returns {"losses": scalar} in training when it is given
         labels, else {"prediction_scores": (b, num_classes)}. It may have `may_be_missing`, parts of
-        the names of weights that --init-from need not have.
+        the names of weights that --init-from need not have. It may have
+        `zero_gradient_at_first`, parts of the names of weights whose gradient is 0 in the first
+        step, as that of an adapter's first matrix while the second is 0.
     trainer: a class that inherits from Trainer.
     data_set: a class, data_set(split, img_size, args) for the splits "train" and "val". It has
         `classes`, `targets` and `self[epoch, index]`, which is ((epoch, index), image, target). An
