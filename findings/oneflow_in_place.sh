@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# OneFlow 0.9.0, CPU, eager mode: two in-place operators that give other numbers without a message.
+# OneFlow 0.9.0, CPU, eager mode: three in-place operators that give other numbers without a
+# message.
 #
 # 1. Two processes, y *= w, where w is a parameter that both hold (B) and y is shared by columns
 #    (S(1)). Expected: what y * w gives, or an error. Seen: entries of w at places of other rows and
@@ -11,7 +12,10 @@
 #    that PyTorch raises ("modified by an inplace operation"). Seen: a gradient of the changed
 #    tensor. 2 sigmoid(x) has a negative gradient if the 2 comes by *=. An nn.Graph is right here.
 #    Cause: tensors have no version counter.
-# Write instead: y = y * w.
+# 3. Two processes (one is alike), z.copy_(x), z a global tensor. Expected: x gets the gradient of
+#    z. Seen: x gets none, and what z was before gets it. In an nn.Graph it is an error (to_local).
+#    Cause: python/oneflow/framework/tensor.py, _copy assigns local tensors, unseen by autograd.
+# Write instead: y = y * w; z = x.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -96,6 +100,35 @@ for function in (square, two_sigmoid):
     tell(f"{function.__name__}: gradient {right}, in place {wrong}")
     assert {square: right == [4, 6], two_sigmoid: min(right) > 0}[function]
     assert {square: wrong == [6, 8], two_sigmoid: max(wrong) < -2}[function]
+
+
+for copy in (True, False):
+    before, x = share([1, 2], B).requires_grad_(), share([3, 4], B).requires_grad_()
+    z = before * 1.0
+    if copy:
+        z.copy_(x)
+    else:
+        z = x
+    assert whole(z) == [3, 4]
+    (z * z).sum().backward()
+    of_x, of_before = (None if t.grad is None else whole(t.grad) for t in (x, before))
+    tell(f"{'z.copy_(x)' if copy else 'z = x'}: gradient of x {of_x}, of what z was {of_before}")
+    assert (of_x, of_before) == ((None, [6, 8]) if copy else ([6, 8], None))
+
+
+class Graph(flow.nn.Graph):
+    def build(self, x):
+        z = x * 0
+        z.copy_(x)
+        return z
+
+
+try:
+    Graph()(share([3, 4], B))
+except RuntimeError as error:
+    tell("z.copy_(x) in a graph:", str(error).strip()[-70:])
+else:
+    raise AssertionError("copy_ works in a graph")
 EOF
 export GLOG_minloglevel=3 OMP_NUM_THREADS=1
 unset http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY

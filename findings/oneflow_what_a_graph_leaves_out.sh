@@ -3,9 +3,10 @@
 # message.
 #
 # 1. Buffers that forward changes. Expected: they change as in eager mode, or an error. Seen:
-#    `self.count += 1`, `add_` and `self.count = self.count + 1` do nothing, call after call; copy_
-#    works. Batch norm's running mean moves, while its num_batches_tracked stays 0. So a moving
-#    average of one's own that works in eager mode may stand still in a graph.
+#    `self.count += 1`, `add_`, `self.count[:] = ...` and `self.count = self.count + 1` do nothing,
+#    call after call. copy_ works for a local tensor and is an error for a global one (to_local).
+#    Batch norm's running mean moves, while its num_batches_tracked stays 0. So a moving average of
+#    one's own that works in eager mode may stand still in a graph.
 # 2. A weight that has a gradient from a backward pass in eager mode, say from a first check of the
 #    model. Expected: the graph trains it. Seen: it does not move, while other weights of the model
 #    do. zero_grad() before the graph does not help, because it leaves zeros in place. (With
@@ -15,7 +16,8 @@
 # 3. Hooks of modules. Expected: a forward hook that returns something replaces the output. Seen: it
 #    is never called, nor is a forward pre-hook. (Hooks of tensors are.) Cause:
 #    python/oneflow/nn/graph/proxy.py calls forward alone.
-# Write instead: copy_; weight.grad = None before the first call; a module around it.
+# Write instead: return the new value from build, and count.copy_(value) after the call;
+# zero_grad(set_to_none=True) before the first call; a module around it.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -28,16 +30,22 @@ import oneflow as flow
 from oneflow import nn
 
 
+GLOBAL = dict(placement=flow.placement("cpu", [0]), sbp=flow.sbp.broadcast)
+ones = flow.ones(1, **GLOBAL)
+
+
 class Model(nn.Module):
-    def __init__(self, change=lambda model: None):
+    def __init__(self, change=lambda model: None, where=GLOBAL):
         super().__init__()
-        self.a, self.b = nn.Parameter(flow.zeros(1)), nn.Parameter(flow.zeros(1))
-        self.register_buffer("count", flow.zeros(1))
+        self.a = nn.Parameter(flow.zeros(1, **where))
+        self.b = nn.Parameter(flow.zeros(1, **where))
+        self.register_buffer("count", flow.zeros(1, **where))
         self.change = change
 
     def forward(self, x):
-        self.change(self)
-        return (self.a * x + self.b * x).sum() + 0 * self.count.sum()
+        value = self.change(self)
+        loss = (self.a * x + self.b * x).sum() + 0 * self.count.sum()
+        return loss if value is None else (loss, value)
 
 
 class Graph(nn.Graph):
@@ -47,9 +55,10 @@ class Graph(nn.Graph):
         self.add_optimizer(flow.optim.SGD(model.parameters(), lr=1.0))
 
     def build(self, x):
-        loss = self.model(x)
+        result = self.model(x)
+        loss = result[0] if isinstance(result, tuple) else result
         loss.backward()
-        return loss
+        return result
 
 
 def iadd(model):
@@ -60,6 +69,10 @@ def add_(model):
     model.count.add_(1)
 
 
+def item(model):
+    model.count[:] = model.count + 1
+
+
 def assign(model):
     model.count = model.count + 1
 
@@ -68,16 +81,31 @@ def copy_(model):
     model.count.copy_(model.count + 1)
 
 
-for change, in_graph in ((iadd, 0), (add_, 0), (assign, 0), (copy_, 3)):
-    counts = []
-    for wrap in (lambda model: model, Graph):
-        model = Model(change)
-        forward = wrap(model)
-        for _ in range(3):
-            forward(flow.ones(1))
-        counts.append(model.count.item())
-    print(f"{change.__name__}: after three calls {counts[0]} in eager mode, {counts[1]} in a graph")
-    assert counts == [3, in_graph]
+def returned(model):
+    return model.count + 1
+
+
+def count(change, where, in_graph):
+    model = Model(change, where)
+    forward = Graph(model) if in_graph else model
+    for _ in range(3):
+        try:
+            result = forward(flow.ones(1, **where))
+        except RuntimeError as error:
+            assert "to_local" in str(error)
+            return "error"
+        if change == returned:
+            model.count.copy_(result[1].detach())
+    return model.count.item()
+
+
+for name, where in (("local", {}), ("global", GLOBAL)):
+    of_copy = 3 if name == "local" else "error"
+    expected = {iadd: 0, add_: 0, item: 0, assign: 0, copy_: of_copy, returned: 3}
+    for change, wanted in expected.items():
+        eager, graph = (count(change, where, in_graph) for in_graph in (False, True))
+        print(f"{name}, {change.__name__}: three calls, eager {eager}, graph {graph}")
+        assert (eager, graph) == (3, wanted)
 
 
 class ForwardGraph(nn.Graph):
@@ -101,7 +129,7 @@ def three_steps(name, before=lambda model: None):
     before(model)
     graph = Graph(model)
     for _ in range(3):
-        graph(flow.ones(1))
+        graph(ones)
     weights = model.a.item(), model.b.item()
     print(f"{name}: a and b are {weights}")
     return weights
@@ -116,6 +144,11 @@ def check_a_and_zero(model):
     flow.optim.SGD(model.parameters(), lr=1.0).zero_grad()
 
 
+def check_a_and_set_to_none(model):
+    check_a(model)
+    flow.optim.SGD(model.parameters(), lr=1.0).zero_grad(set_to_none=True)
+
+
 def check_a_and_forget(model):
     check_a(model)
     model.a.grad = None
@@ -123,7 +156,7 @@ def check_a_and_forget(model):
 
 hooked = nn.Identity()
 hooked.register_forward_hook(lambda module, inputs, output: output * 10)
-of_module, of_graph = (forward(flow.ones(1)).item() for forward in (hooked, ForwardGraph(hooked)))
+of_module, of_graph = (forward(ones).item() for forward in (hooked, ForwardGraph(hooked)))
 print(f"a hook that multiplies by 10: {of_module} in eager mode, {of_graph} in a graph")
 assert (of_module, of_graph) == (10, 1)
 
@@ -131,6 +164,7 @@ assert three_steps("as it is") == (-3, -3)
 assert three_steps("a has a gradient", check_a) == (0, -3)
 assert three_steps("a has a gradient of zero", check_a_and_zero) == (0, -3)
 assert three_steps("its gradient is None again", check_a_and_forget) == (-3, -3)
+assert three_steps("by set_to_none", check_a_and_set_to_none) == (-3, -3)
 EOF
 export GLOG_minloglevel=3 OMP_NUM_THREADS=1
 timeout 300 "$dir/venv/bin/python" program.py
