@@ -8,7 +8,7 @@
 # with norm 1 each, so 1.41 together, and their direction has changed.
 # Cause: python/oneflow/optim/optimizer.py, clip_grad, which no step() calls; in a graph each group
 # becomes an optimizer_conf with a clip_conf of its own.
-# Write instead: in eager mode nn.utils.clip_grad_norm_; in a graph a single group.
+# Write instead: in eager mode nn.utils.clip_grad_norm_; in a graph all weights in one group.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -22,13 +22,15 @@ import oneflow as flow
 from oneflow import nn
 
 CLIP = dict(clip_grad_max_norm=1.0, clip_grad_norm_type=2.0)
-GRADIENTS = flow.tensor([30.0, 40.0]), flow.tensor([50.0, 120.0])
+WHERE = dict(placement=flow.placement("cpu", [0]), sbp=flow.sbp.broadcast)  # global tensors
+GRADIENTS = flow.tensor([30.0, 40.0], **WHERE), flow.tensor([50.0, 120.0], **WHERE)
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Parameter(flow.zeros(2)), nn.Parameter(flow.zeros(2))
+        self.a = nn.Parameter(flow.zeros(2, **WHERE))
+        self.b = nn.Parameter(flow.zeros(2, **WHERE))
 
     def forward(self, to_a, to_b):
         return (self.a * to_a).sum() + (self.b * to_b).sum()

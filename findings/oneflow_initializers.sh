@@ -7,7 +7,7 @@
 # 2. trunc_normal_(w). Expected: values beyond a and b are drawn again, so that the density just
 #    ends there. Seen: they are set to a and b: 4.6 percent of a standard normal lie at exactly -2
 #    or 2, and its deviation is 0.96 in place of 0.88. At the usual std of 0.02 nothing is cut,
-#    since a and b are absolute.
+#    since a and b are absolute, as in PyTorch.
 # Write instead: w.copy_(nn.init.orthogonal_(w)); trunc_normal_ of flowvision.layers.weight_init,
 # which is right.
 set -euo pipefail

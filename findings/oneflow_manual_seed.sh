@@ -22,8 +22,8 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import DataLoader
 
-ones = flow.ones(24)
-graph_ones = flow.ones(24, placement=flow.placement("cpu", [0]), sbp=flow.sbp.broadcast)
+WHERE = dict(placement=flow.placement("cpu", [0]), sbp=flow.sbp.broadcast)
+ones = flow.ones(24, **WHERE)  # a global tensor; local ones are alike
 
 
 def text(mask):
@@ -34,7 +34,8 @@ def draw(seed):
     """Masks of two modules, the second one of the first module, and one by flow.rand."""
     flow.manual_seed(seed)
     first, second = nn.Dropout(0.5), nn.Dropout(0.5)
-    return [text(mask) for mask in (first(ones), second(ones), first(ones), flow.rand(24) >= 0.5)]
+    by_rand = flow.rand(24, **WHERE) >= 0.5
+    return [text(mask) for mask in (first(ones), second(ones), first(ones), by_rand)]
 
 
 class Graph(nn.Graph):
@@ -52,7 +53,7 @@ for seed, (first, second, again, by_rand) in zip((1, 2), masks):
     print(f"seed {seed}: {first} and {second}, then {again}; by rand {by_rand}")
     assert first == second != again
 assert masks[0][:3] == masks[1][:3] and masks[0][3] != masks[1][3]
-in_graph = [text(mask) for mask in Graph()(graph_ones)]
+in_graph = [text(mask) for mask in Graph()(ones)]
 print("in a graph:", *in_graph)
 assert in_graph[0] == in_graph[1] == masks[0][0] and in_graph[2] != in_graph[3]
 
