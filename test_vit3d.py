@@ -1346,8 +1346,7 @@ def test_under_another_launcher_a_run_does_not_start_its_processes_again():
     lines = run.stdout.splitlines()
     assert len(set(lines)) == len(lines)  # rank 0 alone prints
     words = [line.split()[0] for line in lines]
-    assert words == ["data", "stage", "27,946", "the", "images:", "step", "step", "step"]
-    assert "holds 111,784 bytes of weights, 335,352 with Adam's states" in lines[3]
+    assert words == ["data", "stage", "27,946", "images:", "step", "step", "step"]
 
 
 def test_ranks_see_no_proxy_and_know_that_they_have_one_core(monkeypatch):

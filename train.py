@@ -12,6 +12,7 @@ need: folders of images, checkpoints, files, flags, processes. `run` there start
 import functools
 import math
 import time
+from multiprocessing import get_context
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def main(args, model_class, trainer_class, data_set_class, score):
     while True:
         is_last = step == args.steps
         saves = args.output_dir and step > start and (is_last or step % args.save_every == 0)
-        validates = is_last or (step > 0 and step % args.eval_every == 0)
+        validates = is_last or (step > 0 and args.eval_every and step % args.eval_every == 0)
         if step == start + 1 or saves or validates:
             require_equal_copies(model)  # before a wrong one is saved
         if saves:
@@ -208,7 +209,7 @@ def load_batches(data_set, keys, args, is_training=False):
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
     mixup = new_mixup(args) if is_training else None
     loader = DataLoader(
-        data_set, batch_sampler=keys, num_workers=workers,
+        data_set, batch_sampler=keys, num_workers=workers, multiprocessing_context=get_context("fork"),
         collate_fn=lambda samples: make_batch(samples, args.seed, mixup),
     )
     return iter(loader)
@@ -254,6 +255,7 @@ def evaluate(model, data_set, args, score):
 # Part 2. What runs of days and a command need -----------------------------------------------------
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import glob
@@ -357,7 +359,6 @@ def open_data_sets(data_set_class, args, score):
     if args.steps is None:
         args.steps = args.epochs * epoch if args.epochs else 200
     args.save_every = args.save_every or max(epoch, 100)
-    args.eval_every = args.eval_every or max(args.steps, 1)
 
     values = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     values["device"] = dist.device_type
@@ -567,6 +568,9 @@ def set_optimizer_state(trainer, arrays, step):
     if trainer.graph:
         trainer.graph.load_state_dict(state)
     trainer.optimizer._state["step"] = step  # for Adam's bias correction in eager mode
+    if isinstance(trainer.scheduler, lr_scheduler.ReduceLROnPlateau):
+        say("ReduceLROnPlateau begins anew, since it goes by losses that are gone")
+        return
     while trainer.scheduler.last_step < step:
         trainer.scheduler.step()
 
@@ -574,21 +578,20 @@ def set_optimizer_state(trainer, arrays, step):
 def save_checkpoint(trainer, step):
     """Write checkpoint.npz, one array at a time. It is whole, or the one before stays."""
     unfinished = trainer.args.output_dir / "unfinished.npz"
-    archive = zipfile.ZipFile(unfinished, "w") if dist.rank == 0 else None
+    writes = dist.rank == 0
+    with zipfile.ZipFile(unfinished, "w") if writes else contextlib.nullcontext() as archive:
 
-    def write(name, array):
-        if archive:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, array)
+        def write(name, array):
+            if writes:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array)
 
-    write("run/record", np.array(json.dumps(get_record(trainer, step))))
-    tensors = {**dict(trainer.model.named_parameters()), **get_optimizer_state(trainer)}
-    for name, tensor in tensors.items():
-        array = full_array(tensor)  # on all ranks
-        require(np.isfinite(array).all(), f"{name} is not finite and is not saved")
-        write(name, array)
-    if archive:
-        archive.close()
+        for name, tensor in {**trainer.weights, **get_optimizer_state(trainer)}.items():
+            array = full_array(tensor)  # on all ranks
+            require(np.isfinite(array).all(), f"{name} is not finite and is not saved")
+            write(name, array)
+        write("run/record", np.array(json.dumps(get_record(trainer, step))))
+    if writes:
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
         unfinished.replace(unfinished.with_name("checkpoint.npz"))
@@ -789,6 +792,8 @@ def end(error):
     code = 2 if isinstance(error, UsageError) else 1
     if dist.world_size > 1:
         wait_unheard(min(3 * dist.rank, 9))  # where all ranks meet a mistake rank 0 tells it
+    if isinstance(error, OSError):
+        sys.stdout = None  # Python's end would try once more to write to a full disk
     if isinstance(error, (UsageError, OSError)):
         # What comes from a reader's process has its traceback in front.
         print("train.py:", str(error).rpartition("UsageError: ")[2].strip(), file=sys.stderr)
