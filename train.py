@@ -209,8 +209,8 @@ def load_batches(data_set, keys, args, is_training=False):
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
     mixup = new_mixup(args) if is_training else None
     loader = DataLoader(
-        data_set, batch_sampler=keys, num_workers=workers, multiprocessing_context=get_context("fork"),
-        collate_fn=lambda samples: make_batch(samples, args.seed, mixup),
+        data_set, batch_sampler=keys, multiprocessing_context=get_context("fork"),
+        num_workers=workers, collate_fn=lambda samples: make_batch(samples, args.seed, mixup),
     )
     return iter(loader)
 
