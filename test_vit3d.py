@@ -745,7 +745,7 @@ def test_timm_weights_of_another_grid_and_head_load_and_misfits_are_named():
     assert np.allclose(grid[4, 0, 0], cubic @ [0, 1, 4, 9])
     assert np.array_equal(full_array(large.pos_embed)[0, 0], state["pos_embed"][0, 0])
     state["blocks.0.attn.odd"] = state.pop("norm.bias")
-    message = "norm.bias is missing; .*odd must be left out"
+    message = "norm.bias is missing; .*odd is surplus"
     with pytest.raises(UsageError, match=message):
         load_timm_state_dict(small, state)
 

@@ -491,14 +491,16 @@ class Log:
         record["images_per_s"] = round(self.args.batch_size / seconds, 1)
         steps = self.args.steps
         interval = min(max(steps // 20, 1), 100)  # about 20 lines, but each 100 steps at least
-        is_first = step == self.start + 1
-        if is_first:
-            self.clock = time.perf_counter()
-            if trainer.no_gradient:
-                say(f"no gradient: {', '.join(trainer.no_gradient):.500}")
-        seconds = (time.perf_counter() - self.clock) / (step - self.start) * (steps - step)
-        left = "" if is_first else f"  left {timedelta(seconds=int(seconds))}"
-        self.add(record, left, is_first or step % interval == 0)
+        later_steps = step - self.start - 1  # than the first one, which compiles
+        if later_steps:
+            seconds = (time.perf_counter() - self.clock) / later_steps * (steps - step)
+            end = f"  left {timedelta(seconds=int(seconds))}"
+            self.add(record, end, step % interval == 0)
+            return
+        self.clock = time.perf_counter()
+        if trainer.no_gradient:
+            say(f"no gradient: {', '.join(trainer.no_gradient):.500}")
+        self.add(record)
 
     def add(self, record, end="", is_printed=True):
         """Write a record and, if it is to be printed, its numbers as text."""
@@ -507,7 +509,7 @@ class Log:
             record["epoch"] = round(record["step"] / steps_an_epoch, 2)
         if self.file:
             name = Path(self.file.name)
-            if not name.exists() or not name.samefile(f"/dev/fd/{self.file.fileno()}"):
+            if not name.exists() or not os.path.samestat(name.stat(), os.fstat(self.file.fileno())):
                 self.open()  # someone has moved or replaced the file
             text = json.dumps(record, default=lambda number: number.item())  # of numpy's
             self.file.write(f"{text}\n".encode())
@@ -544,7 +546,7 @@ def get_optimizer_state(trainer):
             if name != "model":  # the weights
                 state[f"optimizer/{name}"] = tensor
         return state
-    for name, weight in trainer.model.named_parameters():
+    for name, weight in trainer.weights.items():
         for kind, tensor in trainer.optimizer._state.get(weight, {}).items():
             state[f"optimizer/model.{name}-{kind}"] = tensor  # as a graph names it
     return state
@@ -552,19 +554,19 @@ def get_optimizer_state(trainer):
 
 def set_optimizer_state(trainer, arrays, step):
     """The inverse, from a checkpoint's arrays. The schedule goes to this step, too."""
-    weights = dict(trainer.model.named_parameters())
     state = {}
     for key in sorted(name for name in arrays.keys() if name.startswith("optimizer/")):
         name, _, kind = key.removeprefix("optimizer/model.").rpartition("-")
         placement = dist.get_layer_placement(0)  # of a graph's counter
         sbp = dist.get_nd_sbp([B, B])
-        if name in weights:
-            placement = weights[name].placement
-            sbp = weights[name].sbp
+        weight = trainer.weights.get(name)
+        if weight is not None:
+            placement = weight.placement
+            sbp = weight.sbp
         tensor = distribute(flow.tensor(arrays[key]), placement, sbp)
         state[key.removeprefix("optimizer/")] = tensor
         if not trainer.graph:
-            trainer.optimizer._state[weights[name]][kind] = tensor
+            trainer.optimizer._state[weight][kind] = tensor
     if trainer.graph:
         trainer.graph.load_state_dict(state)
     trainer.optimizer._state["step"] = step  # for Adam's bias correction in eager mode

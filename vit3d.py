@@ -67,7 +67,8 @@ def prepare_for_oneflow():
 
 def wait_for_rank_0(seconds=60):
     """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine."""
-    if int(os.environ.get("RANK") or 0) < 1 or "oneflow" in sys.modules:  # once imported, it is up
+    is_later_rank = int(os.environ.get("RANK") or 0) > 0 and "MASTER_ADDR" in os.environ
+    if not is_later_rank or "oneflow" in sys.modules:  # once imported, rank 0 listens no more
         return
     error = None
     deadline = time.monotonic() + seconds
@@ -364,9 +365,10 @@ class LayerNorm(Layer):
 class Dropout(nn.Module):
     """Zero an element with probability p and scale the others by 1 / (1 - p), when training.
 
-    On every mesh the mask is the one that a single process would draw in the same mode. For this
-    each rank of the stage draws the numbers of the whole batch, and keeps its slice. The ranks of
-    other stages compute nothing, but `flow.rand` moves their generators on, too, so all stay alike.
+    On every mesh the mask is the one that a single process would draw in the same mode (in eager
+    mode for the same number of micro-batches). For this each rank of the stage draws the numbers of
+    the whole batch, and keeps its slice. The ranks of other stages compute nothing, but `flow.rand`
+    moves their generators on, too, so all stay alike.
     (The engine's own `nn.Dropout` gives the same mask to all dropouts of one shape.)
     """
 
@@ -664,8 +666,8 @@ def load_weights(model, arrays, may_be_missing=()):
     given = [name for name in arrays.keys() if "/" not in name]
     missing = [name for name in parameters if name not in given]
     missing = [name for name in missing if not any(part in name for part in may_be_missing)]
-    errors = [f"{name} is missing" for name in missing]
-    errors += [f"{name} must be left out" for name in given if name not in parameters]
+    surplus = [name for name in given if name not in parameters]
+    errors = [f"{name} is missing" for name in missing] + [f"{name} is surplus" for name in surplus]
     require(not errors, f"the weights are of another model: {'; '.join(errors):.300}")
     for name in given:
         array = np.asarray(arrays[name])
