@@ -664,18 +664,6 @@ def test_the_picture_of_the_mesh_shows_which_ranks_are_a_replica_of_which_stage(
     assert type(dist)().ranks.shape == (8, 1, 1)  # replicas, until a mesh is laid out
 
 
-@on_meshes(((2, 2, 1),))
-def test_the_first_picture_of_the_readme_shows_what_each_rank_holds(mesh):
-    dist.setup(*mesh)
-    lines = (HERE / "README.md").read_text().splitlines()
-    rows = [re.findall(r"(\d[ \d]*?) *│", line) for line in lines if line.startswith("│ ")]
-    replica, tensor_rank, _ = dist.get_coordinates()
-    x = distribute(flow.tensor([[1, 2], [3, 4]]), dist.get_layer_placement(0), [B, B])
-    for i, sbp in enumerate(([S(0), B], [S(0), S(1)], [S(0), P])):
-        part = x.to_global(sbp=sbp).to_local().numpy().flatten()
-        assert rows[replica][2 * i + tensor_rank].split() == list(map(str, part)), sbp
-
-
 # 5. Layers and models -----------------------------------------------------------------------------
 
 
@@ -782,6 +770,7 @@ def test_what_does_not_fit_is_a_usage_error_on_every_rank(mesh):
         ((2,), lambda: Dropout(1.0), r"must lie in \[0, 1\)"),
         ((2,), lambda: VisionTransformer(img_size=30), "patches of side 16 do not divide"),
         ((2,), lambda: PatchEmbedding(8, 4)(batch_to_global(PIXELS, 0)), r"\(3, 16, 16\), .* 8"),
+        ((2,), lambda: PatchEmbedding(16, 4)(batch_to_global(PIXELS[:, :1], 0)), r"\(1, 16, 16\)"),
         ((2,), lambda: PatchEmbedding(16, 4)(batch_to_global(PIXELS.astype("u1"), 0)),
          "images are oneflow.uint8: make them float32"),
     ):
@@ -1274,16 +1263,11 @@ MISTAKES = {
     "--mean 123.675 116.28 103.53": "--mean: 123.675 must be finite, from 0 to 1",
     "--micro-batch-size -1": "--micro-batch-size: -1 must be finite, from 1 to inf",
     "--lr nan": "--lr: nan must be finite, from 0 to inf",
-    "--lr inf": "--lr: inf must be finite",
     "--lr much": "--lr: invalid float value: 'much'",
-    "--mean 0 0 nan": "--mean: nan must be finite",
     "--std 1 0 1": "--std: 0 must be finite, from 1e-06",
-    "--crop-pct 0": "--crop-pct: 0 must be finite, from 0.01 to 1",
     "--crop-pct 87.5": "--crop-pct: 87.5 must be finite, from 0.01 to 1",
     f"--seed {2**62 + 1}": f"--seed: {2**62 + 1} must be finite, from 0 to {2**62}",
     "--mixup 0.2 --micro-batch-size 3": "--micro-batch-size must be even",
-    "--random-erasing 1.1": "--random-erasing: 1.1 must be finite, from 0 to 1",
-    "--label-smoothing 2": "--label-smoothing: 2 must be finite, from 0 to 1",
     "--data NOWHERE": r"NOWHERE/val/CLASS/\*: 0 images of the classes \[\], and two classes are ne",
     "--data HIDDEN": r"HIDDEN/val/CLASS/\*: 2 images of the classes \['b'\], and two",
     "--data DEEP": r"DEEP/val/CLASS/\*: 4 images of the classes \['images'\], and two",
@@ -1297,7 +1281,6 @@ MISTAKES = {
     "--init-from OBJECTS.npz": "OBJECTS.npz must be a whole .*: Object arrays cannot be loaded",
     "--init-from OTHERS.safetensors": "weights are of another model: cls_token is missing; pos_emb",
     "--steps 0": "--steps 0 validates weights: give --init-from",
-    "--warmup-steps -1": "--warmup-steps: -1 must be finite, from 0",
     "--steps 9 --epochs 9": "--steps and --epochs: give one of them",
     "--steps 9 --warmup-steps 9": "--warmup-steps 9 must be below 9 steps",
 }
@@ -1986,27 +1969,6 @@ def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp
     again = full_weights(run_main(*flags, "--output-dir", tmp_path / "tuned").model)
     for name in first:
         assert np.array_equal(tuned[name], again[name]) and (tuned[name] != first[name]).any()
-
-
-def test_a_job_that_is_started_again_and_again_goes_on_from_its_last_checkpoint(tmp_path):
-    make_folder(tmp_path, dict(train=4, val=1))
-    image, lines = tmp_path / "val/class0/0.png", tmp_path / "run/metrics.jsonl"
-    lines.parent.mkdir()
-    lines.write_text('{"step": 0, "images": 3}\n')  # of a run that saved nothing
-    flags = [*TINY, "--data", tmp_path, "--workers", 1, "--micro-batch-size", 6, "--steps", 6]
-    flags += ["--eager", "--eval-every", 5, "--save-every", 2, "--resume", "--output-dir"]
-    pixels = image.read_bytes()
-    image.write_text("not an image")
-    with pytest.raises(UsageError, match="cannot be read"):
-        run_main(*flags, tmp_path / "run")  # nothing is there yet: it starts at step 0
-    image.write_bytes(pixels)
-    with open(lines, "a") as file:
-        file.write('{"step": 6, "lo')  # as a kill leaves it
-    parts = full_weights(run_main(*flags, tmp_path / "run").model)  # from step 4 on
-    steps = [record["step"] for record in metrics(tmp_path / "run")]
-    assert steps == [1, 2, 3, 4, 5, 5, 6, 6]  # the second 5 and 6 are validations
-    at_once = full_weights(run_main(*flags, tmp_path / "full").model)
-    assert all(np.array_equal(at_once[name], parts[name]) for name in parts)
 
 
 @on_meshes(((2, 1, 1),))
