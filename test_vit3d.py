@@ -80,6 +80,7 @@ FOLDER = Path(os.environ.get("VIT3D_TEST_FOLDER", "."))  # what pytest's process
 # 1. A first test, and how it runs on two processes ------------------------------------------------
 
 BODIES = {2: {}, 4: {}, 8: {}, 16: {}, 32: {}}  # number of processes -> name -> body
+SLOW = ((2, 2, 2), "everything", "graph", 2)  # in section 12 alone, as larger meshes are
 
 
 def case_id(mesh, *more):
@@ -93,7 +94,7 @@ def on_meshes(*cases):
     def decorate(body):
         for case in cases:
             BODIES[math.prod(case[0])][f"{body.__name__}[{case_id(*case)}]"] = body, case
-        small = [case for case in cases if math.prod(case[0]) <= 8]  # section 12 has the others
+        small = [case for case in cases if math.prod(case[0]) <= 8 and case != SLOW]
         ids = [case_id(*case) for case in small]
 
         @pytest.mark.parametrize("mesh", [mesh for mesh, *_ in small], ids=ids)
@@ -203,10 +204,10 @@ TABLE = [
     ("checkpoint", "graph", 4, "1x2x2"),
     ("all",        "graph", 8, "2x2x2"),  # micro-batches of one image here, too
     ("all",        "graph", 2, "4x2x2 2x4x2 2x2x4 4x4x2"),  # in section 12 alone
-    ("plain",      "eager", 4, "2x1x1 1x2x1 1x1x2 4x1x1 1x4x1 1x1x4 2x2x2"),
+    ("plain",      "eager", 4, "2x1x1 1x2x1 1x1x2 4x1x1 1x4x1 2x2x2"),
     ("all",        "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x1 2x1x2 1x2x2 2x2x2 1x1x4 1x4x2 2x1x4"),
     # with the real functions, AdamW, clipping, Mixup and so on
-    ("everything", "graph", 2, "2x2x2"),
+    ("everything", "graph", 2, "2x1x1 2x2x2"),
     ("everything", "eager", 2, "2x1x1 1x2x1 1x1x2 2x2x2"),
 ]  # fmt: skip
 CASES = [  # of the tests: ((2, 1, 1), "plain", "graph", 2), and so on
@@ -1477,11 +1478,8 @@ def test_the_first_program_of_the_readme_prints_what_it_shows(tmp_path):
     assert set(shown) <= set(run_program(tmp_path, TWO, processes=2))
 
 
-@pytest.mark.parametrize("mesh", ["(2, 1, 1", "(1, 1, 2"])
-def test_the_whole_program_of_the_readme_prints_the_same_on_a_mesh_and_on_one_process(
-    tmp_path, mesh
-):
-    losses = run_program(tmp_path, YOURS.replace("(2, 2, 2", mesh), processes=2)[-3:]
+def test_the_whole_program_of_the_readme_prints_the_same_on_two_processes_and_on_one(tmp_path):
+    losses = run_program(tmp_path, YOURS.replace("(2, 2, 2", "(2, 1, 1"), processes=2)[-3:]
     assert run_program(tmp_path, YOURS.replace("(2, 2, 2", "(1, 1, 1")) == losses
     assert len({float(loss) for loss in losses}) == 3
 
@@ -1696,7 +1694,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     make_folder(tmp_path / "images", dict(train=16, val=2))
     flags = [*TINY, "--depth", 1, "--data", tmp_path / "images", "--workers", 1]
     flags += ["--steps", 20, "--save-every", 2, "--eval-every", 10]
-    flags += ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4]
+    flags += ["--data-parallel", 2, "--shard-params", "--micro-batch-size", 4, "--eager"]
     run = train_py(*flags, "--output-dir", tmp_path / "full", HTTP_PROXY="http://127.0.0.1:9")
     assert run.returncode == 0, run.stderr
     folder = tmp_path / "killed"
@@ -1712,6 +1710,17 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     assert all(np.array_equal(full[name], killed[name]) for name in full if name != "run/record")
     for a, b in zip(metrics(tmp_path / "full"), metrics(folder), strict=True):
         assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
+
+
+@on_meshes(((2, 1, 1),))
+def test_a_graph_that_was_cut_off_ends_with_the_same_bits(mesh):
+    flags = [*TINY, "--depth", 1, "--data-parallel", 2, "--shard-params", "--steps", 4]
+    flags += ["--save-every", 2, "--resume", "--output-dir"]
+    want = full_weights(run_main(*flags, FOLDER / "whole").model)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(*flags, FOLDER / "cut", stop_after=3)
+    got = full_weights(run_main(*flags, FOLDER / "cut").model)
+    assert all(np.array_equal(got[name], want[name]) for name in want)
 
 
 @on_meshes(((1, 1, 2),))
@@ -2724,9 +2733,11 @@ def test_copies_that_differ_end_a_run_before_it_saves(mesh):
     with pytest.raises(UsageError, match="the copies of order"):
         require_equal_copies(model)
     model.register_buffer("local", flow.arange(4) + dist.rank)  # of each rank: it has no copies
-    model.order = nn.Parameter(distribute(flow.ones(9) + 1e-6 * dist.rank, **on_mesh))
+    model.order = nn.Parameter(distribute(flow.ones(9), **on_mesh))
+    own_copy = model.order.detach().to_local()  # the same memory
+    own_copy.mul_(1 + 1e-6 * dist.rank)
     require_equal_copies(model)  # machines of two kinds may round apart
-    model.order.data.copy_((flow.ones(9) + 1e-3 * dist.rank).to_global(**on_mesh))
+    own_copy.mul_(1 + 1e-3 * dist.rank)
     with pytest.raises(UsageError, match="the copies of order .* differ by 1.0e-03"):
         require_equal_copies(model)
 
@@ -2974,18 +2985,17 @@ def test_weights_with_a_wrong_gradient_or_none_are_named_and_right_models_are_no
     assert "set rates to 0" in row_of_graph(dict(run, head=np.ones(1)), run)
 
 
-@pytest.mark.parametrize("line, is_right", [(WithLine.line, True), (CLONE, False)])
-def test_a_proof_is_right_if_all_its_rows_are(line, is_right, tmp_path, monkeypatch, capfd):
+def test_a_proof_is_wrong_if_one_of_its_rows_is(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys.modules[__name__], "FOLDER", FOLDER)  # all is undone at the end
     monkeypatch.setenv("VIT3D_TEST_FOLDER", "")
     monkeypatch.setenv("VIT3D_MINE", "")
     path = tmp_path / "mine.py"
-    path.write_text(f"import test_vit3d, train\ntrain.run(test_vit3d.with_line({line!r}))")
-    assert print_proof_of_mine(path, [], []) == is_right
+    path.write_text(f"import test_vit3d, train\ntrain.run(test_vit3d.with_line({CLONE!r}))")
+    assert not print_proof_of_mine(path, [], [])
     rows = capfd.readouterr().out
     wrong = re.findall("a graph is NOT eager mode: loss 2.7.* for 2.7.*, cls_token by .*e-.*", rows)
     assert rows.count("as one process\n") == 2
-    assert len(wrong) == rows.count(IN_README) == 1 - is_right
+    assert len(wrong) == rows.count(IN_README) == 1
 
 
 @on_meshes(((2, 1, 1),))

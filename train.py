@@ -5,8 +5,9 @@ python train.py                                         # one process
 python train.py --data-parallel 2 --pipeline-parallel 2 # four processes
 python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir out
 
-Part 1 is a run, from its loop in `main` to its figures. Part 2 is what runs of days and a command
-need: folders of images, checkpoints, files, flags, processes. `run` there starts your own classes.
+Part 1 trains and validates: `main`, the step, the data, the figures. Part 2 is what runs of days
+and a command need: folders of images, a log, checkpoints, flags, processes. Its last function,
+`run`, trains classes of your own.
 """
 
 import functools
@@ -28,12 +29,13 @@ def main(args, model_class, trainer_class, data_set_class, score):
     """One run; each rank runs all of it. `run`, at the end, says what the classes must have."""
     mesh = (args.data_parallel, args.tensor_parallel, args.pipeline_parallel)
     dist.setup(*mesh, args.depth, args.shard_params, args.sequence_parallel)
+    # It adds to args what follows from the data: images, batch_size, steps, save_every, ...
     train_set, val_set, args = open_data_sets(data_set_class, args, score)
     flow.manual_seed(args.seed)  # all ranks draw the same weights
     model = model_class(**model_options(args))
     trainer = trainer_class(model, args, args.steps)
-    start = load(trainer, args)  # the steps that are made already
-    log = Log(model, args, start)
+    start = load(trainer, args)  # weights and optimizer from a file; the steps it has made, or 0
+    log = Log(model, args, start)  # prints, and writes metrics.jsonl
     flow.manual_seed(args.seed + start)  # the masks of dropout
     keys = training_keys(args, start)
     batches = load_batches(train_set, keys, args, is_training=True)
@@ -43,7 +45,7 @@ def main(args, model_class, trainer_class, data_set_class, score):
         saves = args.output_dir and step > start and (is_last or step % args.save_every == 0)
         validates = is_last or (step > 0 and args.eval_every and step % args.eval_every == 0)
         if step == start + 1 or saves or validates:
-            require_equal_copies(model)  # before a wrong one is saved
+            require_equal_copies(model)  # of a weight, on the ranks that hold it
         if saves:
             save_checkpoint(trainer, step)
         if validates:
@@ -56,59 +58,14 @@ def main(args, model_class, trainer_class, data_set_class, score):
         log.add_step(step, loss, lr, time.perf_counter() - clock, trainer)
 
 
-class TrainGraph(nn.Graph):
-    """Forward, backward and update of one step, in micro-batches, as one static graph."""
-
-    def __init__(self, trainer, args):
-        super().__init__()
-        # The engine would train a subclass of SGD as SGD. It clips each group by its own norm.
-        is_known = type(trainer.optimizer) in (SGD, Adagrad, Adam, AdamW, RMSprop)
-        fits = is_known and len(trainer.optimizer.param_groups) == 1
-        kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group"
-        require(fits, f"a graph takes {kinds}: other optimizers need --eager")
-        # A reference to the trainer would be a cycle, which is collected at another time on each
-        # rank. The end of a graph waits for all ranks.
-        self.model = trainer.model
-        self.weights = trainer.weights
-        self.no_gradient = trainer.no_gradient
-        self.no_decay = trainer.no_decay if trainer.optimizer is trainer.adamw else ()
-        self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
-        self.config.set_gradient_accumulation_steps(args.accumulation_steps)
-        self.config.allow_fuse_model_update_ops(True)  # clipping is a part of each weight's update
-        if dist.device_type == "cpu":
-            # A CPU has no NCCL and no half precision. To look for them takes time.
-            flow.boxing.nccl.enable_use_compute_stream(False)
-            self.config.proto.do_parallel_cast_before_widening_type_cast = False
-        for block in self.model.blocks:
-            block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
-        set_pipeline_stage_id(self.model)
-        for parameter in self.weights.values():
-            parameter.grad = None  # a graph does not train a weight with a gradient of eager mode
-
-    def build(self, images, *targets):
-        """Compiled at the first call. Each call returns a loss for each micro-batch."""
-        losses = self.model(images, *targets)["losses"]
-        losses.backward()
-        named = self.weights.items()
-        self.no_gradient += [name for name, p in named if p.requires_grad and p.grad is None]
-        return losses
-
-    def _generate_config_proto(self):  # the engine calls this when it compiles
-        super()._generate_config_proto()
-        if self.no_decay:
-            (group,) = self.config.proto.train_conf.optimizer_conf
-            patterns = [f"^model.{name}$" for name in self.no_decay]
-            group.weight_decay_conf.excludes.pattern.extend(patterns)
-
-
 class Trainer:
     """Model, AdamW, warm-up and then cosine. Biases, norms, tokens and positions do not decay.
 
-    In place of AdamW a graph takes SGD, Adam, Adagrad and RMSprop with one group, and no schedule
-    by a lambda. Eager mode takes any optimizer but LAMB, which never moves a split weight.
+    Other optimizers: a trainer of your own sets `optimizer` and `scheduler` after `super().__init__`.
+    LAMB never moves a split weight in eager mode. A graph takes no LambdaLR.
     """
 
-    grad_norm = None  # of the last step before clipping, in eager mode; a graph does not tell it
+    grad_norm = None  # the norm before clipping, in eager mode; a graph does not tell it
 
     def __init__(self, model, args, steps):
         self.model = model.train()
@@ -119,10 +76,11 @@ class Trainer:
         self.no_decay.update(model.no_weight_decay())
         # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         group = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
-        # The engine has one decay for a group. A graph excludes names, eager mode decays by hand.
+        # One group, as a graph clips each group by its own norm. So the names without decay are
+        # excluded in a graph (TrainGraph), and eager mode decays by itself (eager_step).
         group["weight_decay"] = 0 if args.eager else args.weight_decay
         self.adamw = AdamW([dict(params=self.weights.values(), **group)], lr=args.lr)
-        self.optimizer = self.adamw  # a trainer of your own can take another one
+        self.optimizer = self.adamw
         warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
         require(warmup < max(steps, 1), f"--warmup-steps {warmup} must be below {steps} steps")
         self.scheduler = lr_scheduler.CosineDecayLR(self.optimizer, max(steps - warmup, 1))
@@ -132,14 +90,14 @@ class Trainer:
 
     @functools.cached_property
     def graph(self):
-        """The step as a graph; None in eager mode. The first step makes it, from `optimizer`."""
+        """The step as a graph; None in eager mode. It is made at its first use."""
         return None if self.args.eager else TrainGraph(self, self.args)
 
     def step(self, *batch):
         """Train on a replica's arrays, images first -> mean loss of all replicas' images, rate."""
         lr = self.optimizer.param_groups[0]["lr"]
         losses = self.graph(*self.to_mesh(*batch)) if self.graph else self.eager_step(*batch)
-        self.scheduler.step()  # sets the rate of eager mode, and `lr`; a graph has its own
+        self.scheduler.step()  # sets `lr` for eager mode; a graph computes its own from the step
         return float(full_array(losses).mean()), lr
 
     def to_mesh(self, images, *targets):
@@ -164,6 +122,51 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
+
+
+class TrainGraph(nn.Graph):
+    """Forward, backward and update of one step, in micro-batches, as one static graph."""
+
+    def __init__(self, trainer, args):
+        super().__init__()
+        # A subclass of SGD would train as SGD. Two groups would be clipped by two norms.
+        is_known = type(trainer.optimizer) in (SGD, Adagrad, Adam, AdamW, RMSprop)
+        fits = is_known and len(trainer.optimizer.param_groups) == 1
+        kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group"
+        require(fits, f"a graph takes {kinds}: other optimizers need --eager")
+        # Keep no reference to the trainer: the garbage collection of such a cycle would hang, since
+        # all ranks must end a graph together.
+        self.model = trainer.model
+        self.weights = trainer.weights
+        self.no_gradient = trainer.no_gradient
+        self.no_decay = trainer.no_decay if trainer.optimizer is trainer.adamw else ()
+        self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
+        self.config.set_gradient_accumulation_steps(args.accumulation_steps)
+        self.config.allow_fuse_model_update_ops(True)  # one operator clips, decays and updates
+        if dist.device_type == "cpu":
+            # A CPU has no NCCL and no half precision. To look for them takes time.
+            flow.boxing.nccl.enable_use_compute_stream(False)
+            self.config.proto.do_parallel_cast_before_widening_type_cast = False
+        for block in self.model.blocks:
+            block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
+        set_pipeline_stage_id(self.model)
+        for parameter in self.weights.values():
+            parameter.grad = None  # a graph would not train a weight that has an eager gradient
+
+    def build(self, images, *targets):
+        """Run once, to be compiled. Each call of the graph returns a loss for each micro-batch."""
+        losses = self.model(images, *targets)["losses"]
+        losses.backward()
+        named = self.weights.items()
+        self.no_gradient += [name for name, p in named if p.requires_grad and p.grad is None]
+        return losses
+
+    def _generate_config_proto(self):  # the engine calls it: the place to exclude names from decay
+        super()._generate_config_proto()
+        if self.no_decay:
+            (group,) = self.config.proto.train_conf.optimizer_conf
+            patterns = [f"^model.{name}$" for name in self.no_decay]
+            group.weight_decay_conf.excludes.pattern.extend(patterns)
 
 
 class SyntheticImages(Dataset):
@@ -204,8 +207,8 @@ def training_keys(args, start):
 
 def load_batches(data_set, keys, args, is_training=False):
     """Iterate over numpy batches: images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
-    # A data set may seed flow for each image, as FolderImages in part 2 does. Here it would repeat
-    # the masks of dropout, so all but SyntheticImages are read in other processes.
+    # A data set may seed flow for each image, as FolderImages does. In this process that would seed
+    # the masks of dropout, too. So all but SyntheticImages are read in other processes.
     workers = 0 if isinstance(data_set, SyntheticImages) else args.workers
     mixup = new_mixup(args) if is_training else None
     loader = DataLoader(
@@ -216,11 +219,11 @@ def load_batches(data_set, keys, args, is_training=False):
 
 
 def score_classes(logits, targets):
-    """What `evaluate` averages: name -> a number an image. The first of equal logits is best."""
+    """Name -> one number for each image, for `evaluate`. The first of equal logits is best."""
     logits = logits.astype(np.float64)
     loss = np.logaddexp.reduce(logits, 1) - logits[np.arange(len(targets)), targets]
     best = np.argsort(-logits, 1, kind="stable")[:, :5]
-    hits = (best == targets[:, None]) & ~np.isnan(loss[:, None])  # NaN is never right
+    hits = (best == targets[:, None]) & ~np.isnan(loss[:, None])  # NaN counts as wrong
     return dict(val_loss=loss, top1=hits[:, 0], top5=hits.any(1))
 
 
@@ -235,7 +238,7 @@ def evaluate(model, data_set, args, score):
     keys = [[(0, int(index)) for index in batch[replica]] for batch in batches]
     arrays = load_batches(data_set, keys, args)
     scores = []
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts may differ
     model.eval()
     with flow.no_grad():
         for batch in batches:
@@ -298,7 +301,7 @@ class FolderImages(Dataset):
 
         self.root = str(args.data / split)
         self.seed = args.seed
-        # `glob` passes over names with a dot in front. @ and __MACOSX are of systems, too.
+        # Hidden folders are no classes. `glob` leaves out .name, this line @eaDir and __MACOSX.
         paths = glob.glob("*/**/*", root_dir=self.root, recursive=True)
         paths = [path for path in paths if not re.search("(^|/)(@|__MACOSX/)", path)]
         self.files = sorted(path for path in paths if path.lower().endswith(self.ENDINGS))
@@ -353,12 +356,12 @@ def open_data_sets(data_set_class, args, score):
     args.batch_size = args.data_parallel * args.accumulation_steps * args.micro_batch_size
     args.val_images = len(val_set.targets)
     args.images = 0 if args.steps == 0 else len(train_set.targets)
-    epoch = args.images // args.batch_size  # in steps
-    is_enough = epoch > 0 or args.steps == 0
+    steps_an_epoch = args.images // args.batch_size
+    is_enough = steps_an_epoch > 0 or args.steps == 0
     require(is_enough, f"a batch of {args.batch_size} is more than {args.images} images")
     if args.steps is None:
-        args.steps = args.epochs * epoch if args.epochs else 200
-    args.save_every = args.save_every or max(epoch, 100)
+        args.steps = args.epochs * steps_an_epoch if args.epochs else 200
+    args.save_every = args.save_every or max(steps_an_epoch, 100)
 
     values = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     values["device"] = dist.device_type
@@ -369,10 +372,10 @@ def open_data_sets(data_set_class, args, score):
 
 
 def look_at(data_set, score):
-    """The shape of an image. Raises UsageError where a run would stop, or leave a target out.
+    """The shape of an image. Raises UsageError for images or targets that do not fit.
 
-    (That is what the engine's loss does with a target that is no class. A score of your own knows
-    what else a target may be.)
+    The engine's loss leaves out a target that is no class. With a score of your own targets may be
+    anything.
     """
     kind = type(data_set).__name__
     targets = np.array(data_set.targets)
@@ -475,7 +478,7 @@ class Log:
         kept = 0
         for line in self.file:
             record = re.match(rb'{"step": (\d+), ("loss")?', line)
-            # The validation of the step `start` goes, too: it is made again.
+            # A record without a loss is a validation. That of the step `start` is made again.
             is_later = record and (int(record[1]), not record[2]) > (self.start, False)
             if is_later or not line.endswith(b"\n"):
                 break
@@ -491,10 +494,10 @@ class Log:
         record["images_per_s"] = round(self.args.batch_size / seconds, 1)
         steps = self.args.steps
         interval = min(max(steps // 20, 1), 100)  # about 20 lines, but each 100 steps at least
-        later_steps = step - self.start - 1  # than the first one, which compiles
+        later_steps = step - self.start - 1  # those after the first one, which compiles
         if later_steps:
-            seconds = (time.perf_counter() - self.clock) / later_steps * (steps - step)
-            end = f"  left {timedelta(seconds=int(seconds))}"
+            left = (time.perf_counter() - self.clock) / later_steps * (steps - step)
+            end = f"  left {timedelta(seconds=int(left))}"
             self.add(record, end, step % interval == 0)
             return
         self.clock = time.perf_counter()
@@ -511,7 +514,7 @@ class Log:
             name = Path(self.file.name)
             if not name.exists() or not os.path.samestat(name.stat(), os.fstat(self.file.fileno())):
                 self.open()  # someone has moved or replaced the file
-            text = json.dumps(record, default=lambda number: number.item())  # of numpy's
+            text = json.dumps(record, default=lambda number: number.item())  # numpy's numbers
             self.file.write(f"{text}\n".encode())
             self.file.flush()
         if is_printed:
@@ -557,10 +560,11 @@ def set_optimizer_state(trainer, arrays, step):
     state = {}
     for key in sorted(name for name in arrays.keys() if name.startswith("optimizer/")):
         name, _, kind = key.removeprefix("optimizer/model.").rpartition("-")
-        placement = dist.get_layer_placement(0)  # of a graph's counter
-        sbp = dist.get_nd_sbp([B, B])
         weight = trainer.weights.get(name)
-        if weight is not None:
+        if weight is None:  # a graph's counter of steps
+            placement = dist.get_layer_placement(0)
+            sbp = dist.get_nd_sbp([B, B])
+        else:
             placement = weight.placement
             sbp = weight.sbp
         tensor = distribute(flow.tensor(arrays[key]), placement, sbp)
@@ -595,7 +599,7 @@ def save_checkpoint(trainer, step):
         write("run/record", np.array(json.dumps(get_record(trainer, step))))
     if writes:
         with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())  # a power cut after the replacement must not find it empty
+            os.fsync(file.fileno())  # or a power cut could leave an empty checkpoint.npz
         unfinished.replace(unfinished.with_name("checkpoint.npz"))
 
 
@@ -682,9 +686,9 @@ def number(kind, least, most=math.inf):
 
 
 def parse_arguments(argv=None):
-    """The command line. Raises UsageError for what cannot go together."""
+    """The command line, with the sizes of the model. Raises UsageError for a mistake."""
     parser = argparse.ArgumentParser(description="Train. In brackets: what is taken by default.")
-    parser.error = lambda message: require(False, message)  # `end` tells it as other mistakes
+    parser.error = lambda message: require(False, message)  # raises UsageError
     count = number(int, 1)
     rate = number(float, 0)
     share = number(float, 0, 1)
@@ -734,8 +738,7 @@ def parse_arguments(argv=None):
     add("--warmup-steps", type=number(int, 0), help="(a tenth of all steps)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of weights, masks, images (0)")
     add("--eval-every", type=count, help="steps between validations (one at the end)")
-    weights = "ours or timm's, .npz or .safetensors"
-    add("--init-from", metavar="FILE", help=weights, **path)
+    add("--init-from", metavar="FILE", help="ours or timm's, .npz or .safetensors", **path)
     add = parser.add_argument_group("files; the others need --output-dir").add_argument
     add("--output-dir", help="where metrics.jsonl and checkpoint.npz go", **path)
     add("--save-every", type=count, help="steps between checkpoints (an epoch, at least 100)")
@@ -774,7 +777,7 @@ def launch(processes, command):
         codes = [process.poll() for process in ranks]
     for process in ranks:
         process.kill()
-        process.wait()  # now its lock is free
+        process.wait()  # now the lock of metrics.jsonl is free
     code = next(filter(None, codes), 0)
     if code < 0:
         print(f"train.py: a process ended by {signal.Signals(-code).name}", file=sys.stderr)
@@ -782,7 +785,7 @@ def launch(processes, command):
 
 
 def wait_unheard(seconds):
-    """Wait. What the engine prints meanwhile, of broken connections, is not the user's."""
+    """Wait, and hide what the engine prints meanwhile: that a connection is broken."""
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     time.sleep(seconds)
@@ -793,11 +796,11 @@ def end(error):
     """Tell a mistake in one sentence, and end this rank: code 2 for the user's mistakes, else 1."""
     code = 2 if isinstance(error, UsageError) else 1
     if dist.world_size > 1:
-        wait_unheard(min(3 * dist.rank, 9))  # where all ranks meet a mistake rank 0 tells it
+        wait_unheard(min(3 * dist.rank, 9))  # where all ranks have the error, rank 0 tells it
     if isinstance(error, OSError):
-        sys.stdout = None  # Python's end would try once more to write to a full disk
+        sys.stdout = None  # or Python's exit fails to write to a full disk once more
     if isinstance(error, (UsageError, OSError)):
-        # What comes from a reader's process has its traceback in front.
+        # A reader of images puts its traceback in front.
         print("train.py:", str(error).rpartition("UsageError: ")[2].strip(), file=sys.stderr)
     else:
         sys.__excepthook__(type(error), error, error.__traceback__)
@@ -834,7 +837,7 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score_cla
         args = parse_arguments()
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             tasks = os.environ.get(name, "1")
-            is_told = tasks == "1" or os.environ["RANK"] != "-1"  # -1: the engine has set it
+            is_told = tasks == "1" or os.environ["RANK"] != "-1"  # -1: no launcher has set it
             cure = "this task was not told its rank: README has lines for srun and mpirun"
             require(is_told, f"{name} is {tasks}, and {cure}")
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel

@@ -9,15 +9,15 @@ as a mesh of one or two axes) and an `sbp` entry for each axis, which says how t
     P     partial: each process holds a summand, the tensor is their sum
 
 Operators work on global tensors. `x.to_global(sbp=new, grad_sbp=old)` moves x from one sbp to
-another, and in the backward pass its gradient back. The engine finds the communication for it, such
-as an all-reduce. `x.to_global(placement=...)` sends x to other processes. On a local tensor
-`to_global` declares: this is my part of a global tensor. Along an axis that is B the engine sends
-the first process's tensor to the others.
+another, and in the backward pass its gradient back (to B where old is P: each summand has the
+gradient of the sum). The engine finds the communication for it, such as an all-reduce.
+`x.to_global(placement=...)` sends x to other processes. On a local tensor `to_global` declares:
+this is my part of a global tensor. Along an axis that is B the first process's values are taken.
 
-Arguments have one order everywhere: data, tensor, pipeline. A signature such as [S(0), B] has an
-entry for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry:
-each stage has a placement of its own. Every process runs the whole program; outside an
-operator's placement it computes nothing. A rank is the number of a process.
+Arguments have one order everywhere: data, tensor, pipeline. An sbp such as [S(0), B] has an entry
+for the data-parallel axis, then one for the tensor-parallel axis. The pipeline has no entry: each
+stage has a placement of its own. Every process runs the whole program, and skips operators on
+tensors that it does not hold. A rank is the number of a process.
 
 Sources: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv:2010.11929), called "the
 paper"; LiBai's tutorial "Detailed instruction on building Vision Transformer models", called
@@ -41,17 +41,17 @@ import numpy as np
 def prepare_for_oneflow():
     """Set what the engine reads at its import. A user's values stay."""
     set_default = os.environ.setdefault
-    # The engine looks for moves by way of a third sbp. That search aborts on micro-batches of one
-    # image.
+    # The engine may move a tensor by way of a third sbp. The search for one is turned off, since it
+    # aborts on micro-batches of one image.
     set_default("ONEFLOW_BOXING_DISABLE_MIDDLE_NODE_AND_CHECK", "1")
-    # Each operator with a new Python number, such as a learning rate, stays in a cache: 14 kB a
-    # step in eager mode. At 1,000 entries the engine begins anew.
+    # The engine caches an operator for each Python number that it meets, such as a learning rate:
+    # 14 kB a step in eager mode. At 1,000 entries it begins anew.
     set_default("ONEFLOW_EAGER_TENSOR_INFER_CACHE_SIZE", "1000")
     if not os.path.exists("/dev/nvidiactl"):  # there is no GPU
         set_default("ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD", "0")  # an eager step: 0.6 s, not 1.7
         set_default("GLOG_minloglevel", "3")  # no lines on GPUs that are not there
-    # OpenBLAS takes slow code on a processor that is newer than itself. It has one thread: the
-    # engine computes products that do not wait for each other at once.
+    # OpenBLAS does not know processors newer than itself, and takes slow code there. It gets one
+    # thread, since the engine computes several products at once.
     with open("/proc/cpuinfo") as file:
         cpu_flags = file.read().split()
     if "avx2" in cpu_flags:
@@ -68,7 +68,7 @@ def prepare_for_oneflow():
 def wait_for_rank_0(seconds=60):
     """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine."""
     is_later_rank = int(os.environ.get("RANK") or 0) > 0 and "MASTER_ADDR" in os.environ
-    if not is_later_rank or "oneflow" in sys.modules:  # once imported, rank 0 listens no more
+    if not is_later_rank or "oneflow" in sys.modules:  # after the import nobody listens
         return
     error = None
     deadline = time.monotonic() + seconds
@@ -151,7 +151,7 @@ class Dist:
         require(p == 1 or layers >= p, f"pipeline_num_layers {layers} is below the {p} stages")
         # 6 layers over 4 stages are 1, 1, 2, 2. The larger shares come last: a later stage keeps
         # the activations of fewer micro-batches.
-        sizes = [len(share) for share in np.array_split(range(layers), p)][::-1]
+        sizes = [(layers + stage) // p for stage in range(p)]
         self.layer_stage_ids = [stage for stage, size in enumerate(sizes) for _ in range(size)]
         processes = self.world_size // flow.env.get_node_size()  # of each machine
         self.cuda_problem = why_not_cuda(processes)  # "" if there is none
@@ -159,7 +159,8 @@ class Dist:
         require(self.device_type in ("cpu", "cuda"), f"{device_type!r} must be 'cpu' or 'cuda'")
         can_run = self.device_type == "cpu" or not self.cuda_problem
         require(can_run, f"device_type 'cuda' cannot run, take 'cpu': {self.cuda_problem}")
-        # An axis of size 1 is left out of a placement, and of an sbp. If both are, one stays.
+        # A placement, and so an sbp, has no axis of size 1: both have one entry on 2x1x1. On 1x1x1
+        # they have one, too.
         shape = [size for size in (d, t) if size > 1] or [1]
         stages = [self.ranks[:, :, stage].reshape(shape).tolist() for stage in range(p)]
         self.stage_placements = [flow.placement(self.device_type, ranks) for ranks in stages]
@@ -264,14 +265,14 @@ class Layer(nn.Module):
         """
         if not dist.shard_params:
             return parameter
-        tensor_axis_sbp = parameter.sbp[-1] if dist.tensor_parallel_size > 1 else B  # its last axis
+        tensor_axis_sbp = parameter.sbp[-1] if dist.tensor_parallel_size > 1 else B  # the last one
         sbp = dist.get_nd_sbp([B, tensor_axis_sbp])
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
         weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # This one is for the backward pass, which runs bottom up. Under sequence parallelism the
-        # gradient of a norm or a row bias goes [P, P] -> [P, B] here and -> [S(0), B] above. The
-        # engine has no single move for both.
+        # This one is for the backward pass, which comes here before it comes to the line above. The
+        # gradient of a norm or a row bias under sequence parallelism is [P, P]. The engine has no
+        # move to [S(0), B] from there: here it becomes [P, B], and above [S(0), B].
         return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
@@ -279,11 +280,11 @@ def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis of x, (..., c)."""
     if x.placement.type == "cuda":  # nobody has run this line yet
         return flow._C.layer_norm_affine(x, weight, bias, x.ndim - 1, x.ndim - 1, eps)
-    # On the CPU the engine has no layer_norm kernel. Sums and spreading are matrix products, since
-    # adding (..., 1) to (..., c) is 100 times slower than a product with a row of ones. `matmul` of
-    # OneFlow takes a factor, alpha, and transpose_b: a b^T.
+    # On the CPU the engine has no layer_norm kernel. A product with ones sums over c, or repeats
+    # over c: to add (..., 1) to (..., c) takes 100 times as long. `matmul` of OneFlow has a factor,
+    # alpha, and transpose_b: a b^T.
     c = x.shape[-1]
-    where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)  # whole on every rank
+    where = dict(dtype=x.dtype, placement=x.placement, sbp=weight.sbp)  # [B, B]
     ones = flow._C.global_constant((c, 1), 1.0, **where)
     minus_mean = flow.matmul(x, ones, alpha=-1 / c)  # (..., c) -> (..., 1)
     x = x + flow.matmul(minus_mean, ones, transpose_b=True)  # (..., 1) -> (..., c)
@@ -301,10 +302,12 @@ class Linear(Layer):
     "row"  W^T = [W_1^T]         y = x_1 W_1^T + x_2 W_2^T     x split by features, y whole
                  [W_2^T]
 
-    parallel  x                W          x W^T            y          gradient of x, as it arrives
+    parallel  x                W          x W^T            y                gradient, dy W
     "data"    [S(0), B]        [B, B]     [S(0), B]        [S(0), B]        [S(0), B]
-    "col"     [S(0), B]        [B, S(0)]  [S(0), S(last)]  [S(0), S(last)]  [S(0), P]: all-reduce
-    "row"     [S(0), S(last)]  [B, S(1)]  [S(0), P]        [S(0), B]: all-reduce  [S(0), S(last)]
+    "col"     [S(0), B]        [B, S(0)]  [S(0), S(last)]  [S(0), S(last)]  [S(0), P]
+    "row"     [S(0), S(last)]  [B, S(1)]  [S(0), P]        [S(0), B]        [S(0), S(last)]
+
+    Each P becomes B by an all-reduce: y of "row", and the gradient of x of "col".
 
     x: (..., in_features), y: (..., out_features). With sequence parallelism "col" takes x and "row"
     gives y as [S(0), S(1)]. Initial weights: normal, std 0.02 (LiBai); initial bias: zero. Raises
@@ -332,8 +335,8 @@ class Linear(Layer):
         full = dist.get_nd_sbp([S(0), B])
         hidden = dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
-        # If the gradient of y came in another sbp than here, the engine would move W for
-        # dx = dy W, and it aborts on moving a parameter (see `gather`).
+        # x, its gradient, y, its gradient. (If that of y had another sbp, the engine would move W
+        # for dy W, and it aborts on moving a parameter: see `gather`.)
         x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
             "data": (full, full, full, full),
             "col": (full, hidden, split, split),
@@ -432,7 +435,7 @@ class PatchEmbedding(Layer):
         p = self.patch_size
         wanted = (self.proj.weight.shape[1], *self.img_size)
         require((c, h, w) == wanted, f"images are {(c, h, w)}, and the model takes {wanted}")
-        # From bytes the engine computes results that are wrong by 0.3. On float64 it aborts.
+        # The engine gives wrong results for uint8, and aborts on float64.
         fits = x.dtype == self.proj.weight.dtype
         require(fits, f"images are {x.dtype}: make them float32, as by array.astype(np.float32)")
         # As a matrix product: the engine's convolution takes three times as long on the CPU.
@@ -454,7 +457,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(output_dropout_prob)
 
     def forward(self, x):
-        x = flow.gelu(self.dense_h_to_4h(x))  # [S(0), B] -> [S(0), S(2)]: elementwise, no move
+        x = flow.gelu(self.dense_h_to_4h(x))  # [S(0), B] -> [S(0), S(2)]; a GELU moves nothing
         return self.dropout(self.dense_4h_to_h(x))  # [S(0), S(2)] -> [S(0), B]
 
 
@@ -530,7 +533,6 @@ class TransformerLayer(Layer):
 class VisionTransformer(Layer):
     """The Vision Transformer (the paper, figure 1), arguments and parameter names as in LiBai.
 
-    `img_size` is (height, width), or one number for both.
     `loss_func` is a module, (logits, labels) -> scalar, the mean over the images of all replicas.
     None is the cross entropy. Raises UsageError if `depth` is not the number of layers that a
     pipeline was set up for.
@@ -575,8 +577,8 @@ class VisionTransformer(Layer):
         """Images (b, in_chans, h, w) [S(0), B], first stage -> (b, tokens, c), last stage."""
         x = self.patch_embed(x)
         cls_token = self.gather(self.cls_token).expand(x.shape[0], -1, -1)
-        # [B, B] -> [S(0), B]: a slice. Backward `expand` sums over the images: [P, B]. The engine
-        # moves a gradient to the sbp of its weight, so this is data parallelism's all-reduce.
+        # [B, B] -> [S(0), B]: a slice. Backward `expand` sums over the images: [P, B]. Then the
+        # engine moves it to the sbp of its weight: data parallelism's all-reduce.
         cls_token = cls_token.to_global(sbp=x.sbp, grad_sbp=x.sbp)
         x = flow.cat((cls_token, x), dim=1)  # (b, patches, c) -> (b, tokens, c)
         x = x + self.gather(self.pos_embed)
@@ -586,8 +588,8 @@ class VisionTransformer(Layer):
     def forward_head(self, x):
         """(b, tokens, c) -> logits (b, num_classes), from the class token alone."""
         x = self.norm(x)
-        # hidden -> [S(0), B]. In [S(0), S(1)] one rank has the class token, and the head needs it
-        # on all: a gather of all tokens is the move that the engine has.
+        # hidden -> [S(0), B]. In [S(0), S(1)] one rank alone has the class token, and all need it
+        # for the head. The engine can only gather all tokens.
         x = x.to_global(sbp=dist.get_nd_sbp([S(0), B]), grad_sbp=x.sbp)
         return self.head(x[:, 0])
 
@@ -657,10 +659,10 @@ MODELS = {  # the paper, table 1; "Scaling Vision Transformers" (Zhai et al., 20
 def load_weights(model, arrays, may_be_missing=()):
     """Load full numpy arrays by name, as `np.load` gives them, into a model on any mesh.
 
-    Each array is read when its turn comes, and names with a slash, a checkpoint's other entries,
-    are left out. A weight whose name contains a part given in `may_be_missing`, such as ("head.",
-    "lora_"), stays as it is if it has no array. Raises UsageError that names what is missing,
-    surplus or misshapen, not finite or not a float.
+    One array is read at a time. Names with a slash, a checkpoint's other entries, are left out. A
+    weight stays as it is if it has no array and its name contains a part that `may_be_missing`
+    gives, such as ("head.", "lora_"). Raises UsageError that names what is missing, surplus or
+    misshapen, not finite or not a float.
     """
     parameters = dict(model.named_parameters())
     given = [name for name in arrays.keys() if "/" not in name]
@@ -826,7 +828,7 @@ def require_equal_copies(model):
         whole = [axis for axis, entry in enumerate(tensor.sbp) if entry == B]
         if all((sums == sums.take([0], axis)).all() for axis in whole):
             continue
-        # (...) -> (1, ...) -> (copies, ...): B becomes S(0), and S(i) becomes S(i + 1).
+        # All copies along a new dimension 0: B becomes S(0), and S(i) becomes S(i + 1).
         next_split = {S(i): S(i + 1) for i in range(tensor.ndim)}
         sbp = [next_split.get(entry, S(0)) for entry in tensor.sbp]
         copies = part.unsqueeze(0).to_global(placement=tensor.placement, sbp=sbp)
@@ -844,7 +846,7 @@ def clip_grad_norm(parameters, max_norm):
     hold alike, each counts its share. One number from each rank is all that is sent.
     """
     sizes = [size for size in dist.ranks.shape[:2] if size > 1]  # of the axes that an sbp names
-    # A gradient has the sbp of its weight, so never P. Of another stage's a rank holds nothing.
+    # A gradient has the sbp of its weight, so never P. Those of other stages are empty here.
     parts = []
     copies = []
     for parameter in parameters:
