@@ -61,8 +61,8 @@ def main(args, model_class, trainer_class, data_set_class, score):
 class Trainer:
     """Model, AdamW, warm-up and then cosine. Biases, norms, tokens and positions do not decay.
 
-    Other optimizers: a trainer of your own sets `optimizer` and `scheduler` after `super().__init__`.
-    LAMB never moves a split weight in eager mode. A graph takes no LambdaLR.
+    A trainer of your own can set another `optimizer` and `scheduler` after `super().__init__`. LAMB
+    never moves a split weight in eager mode. A graph takes no LambdaLR.
     """
 
     grad_norm = None  # the norm before clipping, in eager mode; a graph does not tell it
@@ -76,8 +76,8 @@ class Trainer:
         self.no_decay.update(model.no_weight_decay())
         # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         group = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
-        # One group, as a graph clips each group by its own norm. So the names without decay are
-        # excluded in a graph (TrainGraph), and eager mode decays by itself (eager_step).
+        # One group, as a graph clips each group by its own norm. So TrainGraph excludes the names
+        # without decay, and `eager_step` decays the others.
         group["weight_decay"] = 0 if args.eager else args.weight_decay
         self.adamw = AdamW([dict(params=self.weights.values(), **group)], lr=args.lr)
         self.optimizer = self.adamw
