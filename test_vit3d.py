@@ -2595,9 +2595,11 @@ def with_optimizer(kind, groups=1, **options):
 
 def test_a_trainers_own_optimizer_is_that_of_its_graph_or_is_refused(tmp_path):
     flags = [*TINY, "--steps", 4, "--output-dir", tmp_path, "--save-every", 2]
-    message = "a graph takes SGD, Adagrad, Adam, AdamW or RMSprop, with one group: other"
+    message = "a graph takes SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad"
+    sgd = flow.optim.SGD
     for refused in (
-        with_optimizer(Sign), with_optimizer(flow.optim.Adadelta), with_optimizer(flow.optim.SGD, 2)
+        with_optimizer(Sign), with_optimizer(flow.optim.Adadelta), with_optimizer(sgd, 2),
+        with_optimizer(lambda groups, lr: sgd([dict(params=groups[0]["params"])], lr=lr)),
     ):
         with pytest.raises(UsageError, match=message):
             run_main(*flags, trainer=refused)

@@ -131,9 +131,9 @@ class TrainGraph(nn.Graph):
         super().__init__()
         # A subclass of SGD would train as SGD. Two groups would be clipped by two norms.
         is_known = type(trainer.optimizer) in (SGD, Adagrad, Adam, AdamW, RMSprop)
-        fits = is_known and len(trainer.optimizer.param_groups) == 1
-        kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group"
-        require(fits, f"a graph takes {kinds}: other optimizers need --eager")
+        clips = ["clip_grad_max_norm" in group for group in trainer.optimizer.param_groups]
+        kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad_max_norm"
+        require(is_known and clips == [True], f"a graph takes {kinds}; others need --eager")
         # Keep no reference to the trainer: the garbage collection of such a cycle would hang, since
         # all ranks must end a graph together.
         self.model = trainer.model
