@@ -2594,7 +2594,7 @@ def with_optimizer(kind, groups=1, **options):
 
 
 def test_a_trainers_own_optimizer_is_that_of_its_graph_or_is_refused(tmp_path):
-    flags = [*TINY, "--steps", 4, "--output-dir", tmp_path, "--save-every", 2]
+    flags = [*TINY, "--steps", 4, "--weight-decay", 99, "--output-dir", tmp_path, "--save-every", 2]
     message = "a graph takes SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad"
     sgd = flow.optim.SGD
     for refused in (
