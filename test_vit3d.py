@@ -1373,7 +1373,8 @@ def test_ranks_have_mimalloc_unless_something_else_is_preloaded(monkeypatch, tmp
     (library,) = (path for path in map(Path, sys.path) if (path / "cmeel.prefix").exists())
     shutil.copy(library / "cmeel.prefix/lib/libmimalloc.so", folder)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "with a space")])
-    assert train.launch(1, [sys.executable, "-c", program]) == 1
+    program = "import os, sys; sys.exit(os.environ['LD_PRELOAD'] != '')"
+    assert train.launch(1, [sys.executable, "-c", program]) == 0
 
 
 def test_tasks_that_were_started_together_and_not_told_their_ranks_are_refused():
