@@ -5,9 +5,8 @@ python train.py                                         # one process
 python train.py --data-parallel 2 --pipeline-parallel 2 # four processes
 python train.py --data DIR --model vit_small_patch16_224 --epochs 300 --output-dir out
 
-Part 1 trains and validates: `main`, the step, the data, the figures. Part 2 is what runs of days
-and a command need: folders of images, a log, checkpoints, flags, processes. Its last function,
-`run`, trains classes of your own.
+Part 1 is the run: steps, images, figures. Part 2 is what days and a command need: folders of
+images, a log, checkpoints, flags, processes. `run`, its end, trains classes of your own.
 """
 
 import functools
@@ -72,8 +71,8 @@ class Trainer:
         self.args = args
         self.weights = dict(model.named_parameters())
         self.no_gradient = []  # names of weights that require a gradient and get none
-        self.no_decay = {name for name, p in self.weights.items() if p.ndim <= 1}
-        self.no_decay.update(model.no_weight_decay())
+        vectors = {name for name, p in self.weights.items() if p.ndim <= 1}
+        self.no_decay = vectors | set(model.no_weight_decay())
         # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         group = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         # One group, as a graph clips each group by its own norm. So TrainGraph excludes the names
@@ -134,8 +133,7 @@ class TrainGraph(nn.Graph):
         clips = ["clip_grad_max_norm" in group for group in trainer.optimizer.param_groups]
         kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad_max_norm"
         require(is_known and clips == [True], f"a graph takes {kinds}; others need --eager")
-        # Keep no reference to the trainer: the garbage collection of such a cycle would hang, since
-        # all ranks must end a graph together.
+        # No reference to the trainer: ranks would collect such a cycle at different times, and hang.
         self.model = trainer.model
         self.weights = trainer.weights
         self.no_gradient = trainer.no_gradient
@@ -143,10 +141,6 @@ class TrainGraph(nn.Graph):
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
         self.config.allow_fuse_model_update_ops(True)  # one operator clips, decays and updates
-        if dist.device_type == "cpu":
-            # A CPU has no NCCL and no half precision. To look for them takes time.
-            flow.boxing.nccl.enable_use_compute_stream(False)
-            self.config.proto.do_parallel_cast_before_widening_type_cast = False
         for block in self.model.blocks:
             block.to(nn.graph.GraphModule).activation_checkpointing = args.activation_checkpoint
         set_pipeline_stage_id(self.model)
