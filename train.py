@@ -133,7 +133,7 @@ class TrainGraph(nn.Graph):
         clips = ["clip_grad_max_norm" in group for group in trainer.optimizer.param_groups]
         kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad_max_norm"
         require(is_known and clips == [True], f"a graph takes {kinds}; others need --eager")
-        # No reference to the trainer: ranks would collect such a cycle at different times, and hang.
+        # No reference to the trainer: ranks would collect such a cycle at other times, and hang.
         self.model = trainer.model
         self.weights = trainer.weights
         self.no_gradient = trainer.no_gradient
