@@ -266,6 +266,12 @@ def run_main(
     return Trainer.last
 
 
+def refuses(message, *flags, **own):
+    """`main` must refuse these flags or classes of one's own with this message."""
+    with pytest.raises(UsageError, match=message):
+        run_main(*flags, **own)
+
+
 def flags_of(mesh, on, mode, micro_batches):
     """The flags that a mesh, with what is on, needs for 16 images a step."""
     flags = [*TINY, "--num-classes", 16, "--steps", 2, "--lr", 0.005, "--weight-decay", 0.5]
@@ -704,7 +710,10 @@ def test_a_pos_embed_of_a_square_goes_into_any_other_grid_and_no_other_does():
     by_row[0, 1:] = np.arange(4).repeat(4)[:, None]
     for size, tokens, message in (
         ((8, 32), 17, "pos_embed of 17 tokens is of no square, or may be of 2 x 8"),
-        ((8, 32), 19, "pos_embed of 19 tokens is of no square"),
+        ((16, 16), 0, "pos_embed of 0 tokens is of no square"),
+        ((16, 16), 1, "pos_embed of 1 tokens is of no square"),  # no patch
+        ((16, 16), 16, "pos_embed of 16 tokens is of no square"),  # no class token
+        ((16, 16), 18, "pos_embed of 18 tokens is of no square"),  # one more, for distillation
         ((8, 24), 13, ""),  # of 2 x 6 patches, as the model's
         ((16, 16), 17, ""),
     ):
@@ -1364,12 +1373,13 @@ def told_by_run(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_tasks_that_were_started_together_need_to_know_their_ranks(told_by_run, monkeypatch, name):
     monkeypatch.setenv(name, "2")
+    before = sys.excepthook, signal.getsignal(signal.SIGINT)
+    with mock.patch.dict(os.environ, RANK="0"), mock.patch.object(train, "main") as main:
+        train.run()  # each task is a run of its own
+    main.assert_called_once()
+    assert before == (sys.excepthook, signal.getsignal(signal.SIGINT))  # as after any run
     message = f"train.py: {name} is 2, and this task was not told its rank: README has lines"
     assert told_by_run().startswith(message)
-    monkeypatch.setenv("RANK", "0")
-    with mock.patch.object(train, "main") as main:
-        train.run()
-    main.assert_called_once()  # each task is a run of its own
 
 
 def test_a_rank_waits_for_rank_0_and_without_its_address_it_ends(monkeypatch):
@@ -1519,27 +1529,23 @@ def start(folder, *flags):
     return run, Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
 
 
-def test_with_one_process_the_end_is_pythons_own_and_what_run_changed_is_as_before(tmp_path):
+def test_with_one_process_the_end_is_pythons_own(tmp_path):
     program = """if True:
-        import atexit, signal, sys
-        from train import run
+        import atexit, train
         atexit.register(print, "at exit")
         file = open("own.csv", "w")
         file.write("a row")
-        before = sys.excepthook, signal.getsignal(signal.SIGINT)
-        run()
-        print(before == (sys.excepthook, signal.getsignal(signal.SIGINT)))
+        train.run()
     """
     (tmp_path / "own.py").write_text(program)
-    flags = [*TINY, "--eager", "--warmup-steps", 0, "--steps", 9, "--clip-grad", 0, "--lr"]
-    told = "train.py: loss (nan|inf) at step .: lower --lr\n"
-    for lr, code, end, told in ((0, 0, "True\nat exit\n", ""), (1e30, 2, "\nat exit\n", told)):
-        command = [sys.executable, "own.py", *map(str, flags), str(lr)]
-        environment = {**CLEAN, "PYTHONPATH": str(HERE)}
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert run.returncode == code and run.stdout.endswith(end), run.stderr
-        assert re.fullmatch(f"(libibverbs not.*\n)*{told}", run.stderr), run.stderr
-        assert (tmp_path / "own.csv").read_text() == "a row"
+    flags = [*TINY, *"--eager --warmup-steps 0 --steps 9 --clip-grad 0 --lr 1e30".split()]
+    environment = {**CLEAN, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "own.py", *flags]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout.endswith("\nat exit\n")
+    told = "(libibverbs not.*\n)*train.py: loss (nan|inf) at step .: lower --lr\n"
+    assert re.fullmatch(told, run.stderr), run.stderr
+    assert (tmp_path / "own.csv").read_text() == "a row"
 
 
 def test_several_processes_need_a_program_in_a_file_and_run_the_main_thread(
@@ -1547,14 +1553,13 @@ def test_several_processes_need_a_program_in_a_file_and_run_the_main_thread(
 ):
     monkeypatch.setattr(sys, "argv", ["", "--data-parallel", "2"])
     monkeypatch.delattr(sys.modules["__main__"], "__file__")  # as at a prompt and in Jupyter
-    told = [told_by_run()]
+    message = "train.py: several processes run one program: put yours into a file\n"
+    assert told_by_run() == message
+    told = []
     thread = threading.Thread(target=lambda: told.append(told_by_run()))
     thread.start()
     thread.join()
-    assert told == [
-        "train.py: several processes run one program: put yours into a file\n",
-        "train.py: signals end a run, so call it in the main thread\n",
-    ]
+    assert told == ["train.py: signals end a run, so call it in the main thread\n"]
 
 
 def test_a_line_is_printed_for_a_twentieth_of_the_steps_but_for_each_100_at_least(tmp_path, capsys):
@@ -1831,15 +1836,13 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
         ("--eager --resume --num-heads 2", "num_heads was 4 and must not be 2"),
         ("--resume", "eager was True and must not be False"),
     ):
-        with pytest.raises(UsageError, match=message):
-            run_main(*flags, *more.split())
+        refuses(message, *flags, *more.split())
     for more, message in (
         ("--embed-dim 16", r"is \(.*\) and must be \("),
         ("--num-heads 2", "num_heads was 4 and must not be 2"),
         ("--steps 0 --layer-norm-eps 1e-6", "layer_norm_eps was 1e-05 and must not be 1e-06"),
     ):
-        with pytest.raises(UsageError, match=message):
-            run_main(*TINY, *more.split(), "--init-from", checkpoint)
+        refuses(message, *TINY, *more.split(), "--init-from", checkpoint)
     larger = run_main(*TINY, "--img-size", 32, "--steps", 1, "--lr", 0, "--init-from", checkpoint)
     want = vit3d.resize_pos_embed(np.load(checkpoint)["pos_embed"], larger.model)
     assert want.shape == (1, 65, 32) and np.array_equal(full_array(larger.model.pos_embed), want)
@@ -1854,8 +1857,7 @@ def test_a_checkpoint_is_used_or_refused_with_a_reason(tmp_path, capsys):
     wrong_bit[len(before) // 3] ^= 1
     for damaged in (wrong_bit, before[:-99], before[:99], b""):
         checkpoint.write_bytes(damaged)
-        with pytest.raises(UsageError, match=f"{checkpoint} must be a whole .npz"):
-            run_main(*flags, "--eager", "--resume")
+        refuses(f"{checkpoint} must be a whole .npz", *flags, "--eager", "--resume")
         assert Trainer.last.losses == [] and checkpoint.read_bytes() == damaged
 
 
@@ -1870,11 +1872,9 @@ def test_renamed_classes_are_refused_and_other_numbers_of_images_are_told(tmp_pa
     assert "images: 12 to train, 3 to validate; 3 classes" in capsys.readouterr().out
     for split in ("train", "val"):
         (tmp_path / split / "class0").rename(tmp_path / split / "zebra")
-    with pytest.raises(UsageError, match="its head is for other classes and .* so there is noth"):
-        run_main(*validate)
+    refuses("its head is for other classes and .* so there is noth", *validate)
     message = r"classes was \['class0', .* and must not be \['class1', 'class2', 'zebra'\]$"
-    with pytest.raises(UsageError, match=message):
-        run_main(*run, "--resume")
+    refuses(message, *run, "--resume")
     tuned = run_main(*flags, "--steps", 1, "--lr", 0, "--init-from", checkpoint, "--num-classes", 7)
     assert "its head is for other classes and is not loaded" in capsys.readouterr().out
     for name, weight in full_weights(tuned.model).items():
@@ -1901,20 +1901,13 @@ def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told
     assert "a.safetensors: weights of timm want --layer-norm-eps 1e-6; README has" in out
     assert all(np.array_equal(got[k], half[k].astype("f4")) == ("head.w" not in k) for k in got)
     save_file({**weights, "head.weight": np.ones((12, 32)), "head.bias": np.ones(12)}, path)
-    with pytest.raises(UsageError, match="its head is for other classes"):
-        run_main(*TINY, "--steps", 0, "--init-from", path)
+    refuses("its head is for other classes", *TINY, "--steps", 0, "--init-from", path)
     for value, message in (
         (np.ones(32, "i1"), "norm.bias is int8, and weights must be floats"),
         (np.full(32, np.nan), "norm.bias is not finite and is not loaded"),
     ):
         save_file({**weights, "norm.bias": value}, path)
-        with pytest.raises(UsageError, match=message):
-            run_main(*run, path)
-    for tokens in (0, 1, 16, 18):  # none, no patch, no class token, one more for distillation
-        half["pos_embed"] = np.zeros((1, tokens, 32), "f2")
-        save_file(half, path)
-        with pytest.raises(UsageError, match=f"pos_embed of {tokens} tokens is of no square"):
-            run_main(*run, path)
+        refuses(message, *run, path)
 
 
 def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp_path):
@@ -1929,8 +1922,7 @@ def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp
 @on_meshes(((2, 1, 1),))
 def test_ranks_that_differ_are_told_in_what(mesh):
     def differ(message, *more, **own):
-        with pytest.raises(UsageError, match=f"the ranks differ in {message}$"):
-            run_main(*flags, *more, **own)
+        refuses(f"the ranks differ in {message}$", *flags, *more, **own)
 
     root = FOLDER / f"of-{dist.rank}"
     make_folder(root, dict(train=4, val=1))
@@ -2536,15 +2528,13 @@ def test_a_trainers_own_optimizer_is_that_of_its_graph_or_is_refused(tmp_path):
         with_optimizer(Sign), with_optimizer(flow.optim.Adadelta), with_optimizer(sgd, 2),
         with_optimizer(lambda groups, lr: sgd([dict(params=groups[0]["params"])], lr=lr)),
     ):
-        with pytest.raises(UsageError, match=message):
-            run_main(*flags, trainer=refused)
+        refuses(message, *flags, trainer=refused)
     for kind in (flow.optim.SGD, flow.optim.AdamW):  # which decays all weights here, in both modes
         own = with_optimizer(kind, **dict(weight_decay=0.5) if kind == flow.optim.AdamW else {})
         losses = [run_main(*flags[:-4], *mode, trainer=own).losses for mode in ([], ["--eager"])]
         np.testing.assert_allclose(*losses, atol=1e-5)
     run_main(*flags, "--eager", trainer=with_optimizer(Sign))
-    with pytest.raises(UsageError, match="optimizer was Sign and must not be AdamW"):
-        run_main(*flags, "--eager", "--resume")
+    refuses("optimizer was Sign and must not be AdamW", *flags, "--eager", "--resume")
 
 
 MINE = """
@@ -2652,8 +2642,7 @@ def test_copies_that_differ_end_a_run_before_it_saves(mesh):
     folder = FOLDER / "copies"
     flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 1, "--output-dir", folder]
     message = "the copies of .* on ranks .0, 1. differ by .*: README, 'Where a PyTorch habit"
-    with pytest.raises(UsageError, match=message):
-        run_main(*flags, model=Indexed)
+    refuses(message, *flags, model=Indexed)
     assert not (folder / "checkpoint.npz").exists()
     model = new_model(1)
     require_equal_copies(model)
