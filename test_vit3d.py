@@ -816,19 +816,19 @@ def full_weights(model, of=lambda name, weight: weight):
 
 
 @pytest.mark.parametrize("mode", ["", "--eager"], ids=["graph", "eager"])
-@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (1e3, 1, 0), (0, 2, 5)])
+@pytest.mark.parametrize("clip, parts, warmup", [(1e-6, 2, 2), (0, 1, 0)])
 def test_each_step_is_adamw_in_numpy_at_the_rate_of_warm_up_then_cosine(mode, clip, parts, warmup):
     """The low limit brings gradients down to Adam's eps; else eps is raised to their size."""
     flags = f"--lr 0.01 --weight-decay 0.5 --clip-grad {clip} --accumulation-steps {parts} {mode}"
-    flags += f" --warmup-steps {warmup}" if warmup != 2 else ""  # a tenth
+    flags += "" if warmup else " --warmup-steps 0"  # else a tenth
     model, twin = (small_model(spread=0.1, depth=1) for _ in range(2))
     trainer = train.Trainer(model, train.parse_arguments(flags.split()), 20)
-    eps = 1e-8 if clip == 1e-6 else 1e-2
+    eps = 1e-8 if clip else 1e-2
     for group in trainer.optimizer.param_groups:
         group["eps"] = eps
     now = full_weights(model)
     m, v = dict.fromkeys(now, 0.0), dict.fromkeys(now, 0.0)
-    for i in range(1, 13):  # of 20 steps
+    for i in range(1, 9):  # of 20 steps
         lr = 0.005 + 0.005 * np.cos(np.pi * (i - 1 - warmup) / (20 - warmup))
         if i <= warmup:
             lr = 0.01 * (warmup + (warmup - 1) * (i - 1)) / warmup**2
@@ -879,8 +879,9 @@ def test_each_dropout_drops_its_share_in_its_place():
 
 def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tmp_path):
     make_folder(tmp_path, dict(train=4, val=1))
-    common = [*TINY, "--data", tmp_path, "--micro-batch-size", 12, "--steps", 2, "--eager"]
+    common = [*TINY, "--data", tmp_path, "--micro-batch-size", 12, "--steps", 1, "--eager"]
     common += ["--lr", 0, "--warmup-steps", 0, "--workers", 1]  # all images are in each batch
+    two_steps = [*common, "--no-augment", "--steps", 2]
 
     def first_loss(flags):
         return run_main(*common, *flags.split()).losses[0]
@@ -893,8 +894,8 @@ def test_each_flag_of_the_recipe_reaches_the_first_step_and_does_nothing_at_0(tm
         "--drop-path-rate", "--layer-norm-eps",
     )]  # fmt: skip
     changed += [first_loss("--no-augment --seed 3")]  # other weights
-    assert len(set(np.round(run_main(*common, "--no-augment").losses, 6))) == 1
-    mixed = run_main(*common, "--no-augment", "--mixup", 0.5).losses  # anew in each epoch
+    np.testing.assert_allclose(run_main(*two_steps).losses, plain, atol=1e-6)
+    mixed = run_main(*two_steps, "--mixup", 0.5).losses  # anew in each epoch
     augmented = first_loss("--random-erasing 0")
     changed += [augmented, first_loss("--random-erasing 0.9")]
     changed += [first_loss("--rand-augment rand-m9-mstd0.5-inc1")]
