@@ -76,12 +76,13 @@ class Trainer:
         # Only clipping makes a graph's update wait for all gradients. 1e9 clips nothing.
         group = dict(clip_grad_max_norm=args.clip_grad or 1e9, clip_grad_norm_type=2.0)
         # One group, as a graph clips each group by its own norm. So TrainGraph excludes the names
-        # without decay, and `eager_step` decays the others.
+        # without decay, and in eager mode `eager_step` decays the others, the optimizer none.
         group["weight_decay"] = 0 if args.eager else args.weight_decay
         self.adamw = AdamW([dict(params=self.weights.values(), **group)], lr=args.lr)
         self.optimizer = self.adamw
         warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
-        require(warmup < max(steps, 1), f"--warmup-steps {warmup} must be below {steps} steps")
+        fits = warmup < steps or steps == 0  # 0: it only validates
+        require(fits, f"--warmup-steps {warmup} must be below {steps} steps")
         self.scheduler = lr_scheduler.CosineDecayLR(self.optimizer, max(steps - warmup, 1))
         if warmup:
             options = dict(warmup_factor=1 / warmup, warmup_iters=warmup, warmup_prefix=True)
@@ -133,10 +134,10 @@ class TrainGraph(nn.Graph):
         clips = ["clip_grad_max_norm" in group for group in trainer.optimizer.param_groups]
         kinds = "SGD, Adagrad, Adam, AdamW or RMSprop, with one group and its clip_grad_max_norm"
         require(is_known and clips == [True], f"a graph takes {kinds}; others need --eager")
-        # No reference to the trainer: ranks would collect such a cycle at other times, and hang.
+        # No reference to the trainer: each rank would free that cycle at another time, and hang.
         self.model = trainer.model
         self.weights = trainer.weights
-        self.no_gradient = trainer.no_gradient
+        self.no_gradient = trainer.no_gradient  # the list itself: `build` extends it
         self.no_decay = trainer.no_decay if trainer.optimizer is trainer.adamw else ()
         self.add_optimizer(trainer.optimizer, lr_sch=trainer.scheduler)
         self.config.set_gradient_accumulation_steps(args.accumulation_steps)
@@ -207,7 +208,8 @@ def load_batches(data_set, keys, args, is_training=False):
     mixup = new_mixup(args) if is_training else None
     loader = DataLoader(
         data_set, batch_sampler=keys, multiprocessing_context=get_context("fork"),
-        num_workers=workers, collate_fn=lambda samples: make_batch(samples, args.seed, mixup),
+        num_workers=workers, worker_init_fn=start_reader,
+        collate_fn=lambda samples: make_batch(samples, args, mixup),
     )
     return iter(loader)
 
@@ -232,19 +234,23 @@ def evaluate(model, data_set, args, score):
     keys = [[(0, int(index)) for index in batch[replica]] for batch in batches]
     arrays = load_batches(data_set, keys, args)
     scores = []
-    modes = [(module, module.training) for module in model.modules()]  # frozen parts may differ
+    modes = [(module, module.training) for module in model.modules()]  # some may be in eval mode
     model.eval()
     with flow.no_grad():
         for batch in batches:
-            images, _ = next(arrays)
+            images, labels = next(arrays)
+            same = args.own_score or np.array_equal(labels, targets[batch[replica]])
+            require(same, f"`targets` of images {batch[replica]} are not what they come with")
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             scores.append(score(logits, targets[batch.flatten()]))
     for module, mode in modes:
         module.training = mode
     means = {}
     for name in scores[0]:
+        shapes = {np.shape(part[name]) for part in scores}
+        fits = shapes == {batches[0].flatten().shape} and name not in ("step", "loss", "images")
+        require(fits, f"score must give a number for each image, not {name} of shape {shapes}")
         values = np.concatenate([part[name] for part in scores])
-        require(len(values) == batches.size, f"score must give a {name} for each image")
         means[name] = float(values[:length].mean())  # without what filled the last batch
     return dict(means, images=length)
 
@@ -312,7 +318,7 @@ class FolderImages(Dataset):
                 auto_augment=args.rand_augment, re_prob=args.random_erasing, mean=args.mean,
                 std=args.std, crop_pct=args.crop_pct, interpolation=args.interpolation,
             )
-        except (ValueError, AssertionError) as error:  # of the policy
+        except (ValueError, AssertionError) as error:  # an unknown policy
             raise UsageError(f"--rand-augment {args.rand_augment}: {error}") from None
 
     def __getitem__(self, key):
@@ -337,12 +343,14 @@ def open_data_sets(data_set_class, args, score):
     val_set = data_set_class("val", args.img_size, args)
     train_set = val_set if args.steps == 0 else data_set_class("train", args.img_size, args)
     differing = sorted({*map(str, train_set.classes)} ^ {*map(str, val_set.classes)})
+    names = ", ".join(differing) or "in another order"
     is_same = list(train_set.classes) == list(val_set.classes)
-    require(is_same, f"train and val have other classes: {', '.join(differing):.300}")
+    require(is_same, f"train and val have other classes: {names:.300}")
     shapes = [look_at(data_set, score) for data_set in (train_set, val_set)]
     require(shapes[0] == shapes[1], f"images to train are {shapes[0]}, to validate {shapes[1]}")
 
     args = argparse.Namespace(**vars(args))
+    args.own_score = score is not score_classes
     args.classes = list(map(str, val_set.classes))
     classes = len(args.classes)
     args.num_classes = args.num_classes or classes
@@ -392,7 +400,7 @@ def look_at(data_set, score):
 
 def new_mixup(args):
     """What mixes pairs of images and makes their labels soft; None if nothing is asked for."""
-    if not (args.mixup or args.cutmix or args.label_smoothing):
+    if args.steps == 0 or not (args.mixup or args.cutmix or args.label_smoothing):
         return None
     from flowvision.data import Mixup
 
@@ -403,7 +411,13 @@ def new_mixup(args):
     return Mixup(args.mixup, args.cutmix, prob=prob, **smoothing)
 
 
-def make_batch(samples, seed, mixup):
+def start_reader(_):
+    """Leave Ctrl-C to the run, and end with it. (The engine's handler would end the reader.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, 9)  # as in `launch`
+
+
+def make_batch(samples, args, mixup):
     """[(key, image, target)] -> images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
     keys, images, labels = zip(*samples)
     for key, image in zip(keys, images):
@@ -411,14 +425,17 @@ def make_batch(samples, seed, mixup):
         require(same, f"image {key} is {image.shape}, and another one {images[0].shape}")
     images = np.stack(images)
     labels = np.array(labels)
-    if labels.dtype.kind in "iu":
-        labels = labels.astype(np.int64)  # the loss of the engine takes no uint8
+    if not args.own_score:  # then labels are classes; the engine's loss would leave others out
+        is_class = labels.ndim == 1 and labels.dtype.kind in "iu"
+        is_class = is_class and 0 <= labels.min() and labels.max() < args.num_classes
+        require(is_class, f"one of the targets {labels} of the images {keys} is no class"[:500])
+        labels = labels.astype(np.int64)  # the engine's loss takes no uint8
     if mixup is None:
         return images, labels
     # Neighbours are mixed in pairs, each pair by a draw of its own: the mesh does not matter.
     pairs = []
     for i in range(0, len(samples), 2):
-        np.random.seed(zlib.crc32(repr([seed, *keys[i], "mix"]).encode()))
+        np.random.seed(zlib.crc32(repr([args.seed, *keys[i], "mix"]).encode()))
         pairs.append(mixup(flow.tensor(images[i : i + 2]), flow.tensor(labels[i : i + 2])))
     return [np.concatenate([t.numpy() for t in part]) for part in zip(*pairs)]
 
@@ -427,9 +444,12 @@ def make_batch(samples, seed, mixup):
 
 
 def say(text):
-    """Print on rank 0, at once."""
-    if dist.rank == 0:
-        print(text, flush=True)
+    """Print on rank 0, at once. A reader that has gone, such as `head`, does not end a run."""
+    try:
+        if dist.rank == 0:
+            print(text, flush=True)
+    except OSError:
+        sys.stdout = None
 
 
 class Log:
@@ -442,7 +462,10 @@ class Log:
         self.file = None
         if args.output_dir and dist.rank == 0:
             self.open()
-            self.cut()
+            if args.steps:
+                is_new = args.resume or os.fstat(self.file.fileno()).st_size == 0
+                require(is_new, f"{self.file.name} exists: --resume, or take another --output-dir")
+                self.cut()
         elements = sum(parameter.numel() for parameter in model.parameters())
         say(draw_mesh(dist))
         say(f"{elements:,} parameters, {args.batch_size} images a step, {args.steps} steps")
@@ -472,7 +495,7 @@ class Log:
         kept = 0
         for line in self.file:
             record = re.match(rb'{"step": (\d+), ("loss")?', line)
-            # A record without a loss is a validation. That of the step `start` is made again.
+            # (step, is it a validation?) The validation of the step `start` is made again.
             is_later = record and (int(record[1]), not record[2]) > (self.start, False)
             if is_later or not line.endswith(b"\n"):
                 break
@@ -637,8 +660,8 @@ def load(trainer, args):
         return 0
     except UsageError:
         raise
-    except (OSError, EOFError, LookupError, ValueError, AttributeError, zlib.error,
-            zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, EOFError, LookupError, ValueError, AttributeError, TypeError, zlib.error,
+            zipfile.BadZipFile, SafetensorError) as error:  # TypeError: bfloat16
         raise UsageError(f"{path} must be a whole .npz or .safetensors file: {error}") from None
 
 
@@ -709,7 +732,7 @@ def parse_arguments(argv=None):
     add("--mean", type=share, default=[0.485, 0.456, 0.406], help="of colours, 0 to 1", **rgb)
     std = number(float, 1e-6, 1)
     add("--std", type=std, default=[0.229, 0.224, 0.225], help="(ImageNet's, as the mean)", **rgb)
-    add("--crop-pct", type=number(float, 0.01, 1), default=0.875, help="shown of a side (0.875)")
+    add("--crop-pct", type=number(float, 0.01, 1), default=0.875, help="of an image's side (0.875)")
     add("--interpolation", choices=("bilinear", "bicubic"), default="bilinear", help="(bilinear)")
     add("--no-augment", action="store_true", help="train on images as they are validated")
     add("--rand-augment", metavar="POLICY", help="such as rand-m9-mstd0.5-inc1; needs augmentation")
@@ -723,7 +746,7 @@ def parse_arguments(argv=None):
     add("--cutmix", type=rate, default=0.0, metavar="ALPHA", help="(0: none)")
     add("--lr", type=rate, default=1e-3, help="highest learning rate (0.001)")
     add("--weight-decay", type=rate, default=0.05, help="of matrices (0.05)")
-    add("--clip-grad", type=rate, default=1.0, help="highest norm (1) 0: none")
+    add("--clip-grad", type=rate, default=1.0, help="highest norm (1); 0: none")
     add("--eager", action="store_true", help="no nn.Graph: starts at once, slower steps")
     add("--activation-checkpoint", action="store_true", help="recompute blocks; needs a graph")
     add = parser.add_argument_group("the run").add_argument
@@ -791,8 +814,6 @@ def end(error):
     code = 2 if isinstance(error, UsageError) else 1
     if dist.world_size > 1:
         wait_unheard(min(3 * dist.rank, 9))  # where all ranks have the error, rank 0 tells it
-    if isinstance(error, OSError):
-        sys.stdout = None  # or Python's exit fails to write to a full disk once more
     if isinstance(error, (UsageError, OSError)):
         # A reader of images puts its traceback in front.
         print("train.py:", str(error).rpartition("UsageError: ")[2].strip(), file=sys.stderr)
@@ -811,8 +832,8 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score_cla
         `no_weight_decay()`. `forward` returns {"losses": scalar} in training when it is given
         labels, else {"prediction_scores": (b, num_classes)}. It may have `may_be_missing`, parts of
         the names of weights that --init-from need not have. It may have
-        `zero_gradient_at_first`, parts of the names of weights whose gradient is 0 in the first
-        step, as that of an adapter's first matrix while the second is 0.
+        `zero_gradient_at_first`, parts of the names of weights whose gradient may be 0 in the first
+        step, as that of an adapter's first matrix: the proof in test_vit3d.py asks for it.
     trainer: a class that inherits from Trainer.
     data_set: a class, data_set(split, img_size, args) for the splits "train" and "val". It has
         `classes`, `targets` and `self[epoch, index]`, which is ((epoch, index), image, target). An
@@ -831,12 +852,12 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score_cla
         args = parse_arguments()
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             tasks = os.environ.get(name, "1")
-            is_told = tasks == "1" or os.environ["RANK"] != "-1"  # -1: no launcher has set it
+            is_told = tasks == "1" or os.environ["RANK"] != "-1"  # -1, set by vit3d's import: none
             cure = "this task was not told its rank: README has lines for srun and mpirun"
             require(is_told, f"{name} is {tasks}, and {cure}")
         processes = args.data_parallel * args.tensor_parallel * args.pipeline_parallel
         if processes > 1 and dist.world_size == 1:
-            is_file = hasattr(sys.modules["__main__"], "__file__")
+            is_file = os.path.exists(getattr(sys.modules["__main__"], "__file__", ""))
             require(is_file, "several processes run one program: put yours into a file")
             sys.exit(launch(processes, [sys.executable, *sys.orig_argv[1:]]))
         main(args, model, trainer, data_set, score)
