@@ -1225,8 +1225,8 @@ def train_py(*flags, before=(), **environment):
     return run
 
 
-def metrics(folder, name="metrics.jsonl"):
-    return list(map(json.loads, (folder / name).read_text().splitlines()))
+def metrics(folder):
+    return list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
 
 
 def test_the_default_run_learns_to_tell_held_out_images_and_ends_with_its_figures(tmp_path):
@@ -1465,27 +1465,29 @@ README = (HERE / "README.md").read_text()
 TWO, YOURS, OWN_FILE, PREDICT = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
 
 
-def run_program(folder, program, *arguments, processes=1, mistake=""):
-    """Run a program beside a copy of vit3d.py, as README says -> what it prints."""
+def run_program(folder, program, *arguments, processes=1, code=0):
+    """Run a program beside a copy of vit3d.py, as README says -> its output and its errors."""
     (folder / "yours.py").write_text(program)
     shutil.copy(HERE / "vit3d.py", folder)
     launch = [*LAUNCH, str(processes), "--master_port", free_port()] if processes > 1 else []
     command = [sys.executable, *launch, "yours.py", *map(str, arguments)]
     environment = {**CLEAN, "OMP_NUM_THREADS": "1"}  # or the launcher prints that it sets it
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode == bool(mistake) and run.stderr.endswith(mistake), run.stderr[-3000:]
-    return run.stdout.splitlines()
+    assert run.returncode == code, run.stderr[-3000:]
+    return run.stdout, run.stderr
 
 
 def test_the_first_program_of_the_readme_prints_what_it_shows(tmp_path):
     shown = re.findall(r"```text\n(.*?)```", README, re.S)[0].splitlines()
-    assert set(shown) <= set(run_program(tmp_path, TWO, processes=2))
+    out, _ = run_program(tmp_path, TWO, processes=2)
+    assert set(shown) <= set(out.splitlines())
 
 
 def test_the_whole_program_of_the_readme_prints_the_same_on_two_processes_and_on_one(tmp_path):
-    losses = run_program(tmp_path, YOURS.replace("(2, 2, 2", "(2, 1, 1"), processes=2)[-3:]
-    assert run_program(tmp_path, YOURS.replace("(2, 2, 2", "(1, 1, 1")) == losses
-    assert len({float(loss) for loss in losses}) == 3
+    of_two, _ = run_program(tmp_path, YOURS.replace("(2, 2, 2", "(2, 1, 1"), processes=2)
+    of_one, _ = run_program(tmp_path, YOURS.replace("(2, 2, 2", "(1, 1, 1"))
+    losses = of_two.splitlines()[-3:]
+    assert of_one.splitlines() == losses and len({float(loss) for loss in losses}) == 3
 
 
 def test_the_readmes_program_for_a_trained_model_names_the_classes_of_images(tmp_path):
@@ -1498,9 +1500,9 @@ def test_the_readmes_program_for_a_trained_model_names_the_classes_of_images(tmp
     lines = [f"{path} {path.parent.name}" for path in paths]
     deep = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 999, "u2")).save(deep)
-    mistake = f"{deep} is not of 8 bits\n"
-    assert run_program(tmp_path, PREDICT, *paths, deep, mistake=mistake) == lines
-    assert len(lines) == 3
+    out, error = run_program(tmp_path, PREDICT, *paths, deep, code=1)
+    assert out.splitlines() == lines and len(lines) == 3
+    assert error.endswith(f"{deep} is not of 8 bits\n")
 
 
 # 8. Ends and checkpoints --------------------------------------------------------------------------
@@ -1539,14 +1541,12 @@ def test_with_one_process_the_end_is_pythons_own(tmp_path):
         file.write("a row")
         train.run()
     """
-    (tmp_path / "own.py").write_text(program)
-    flags = [*TINY, *"--eager --warmup-steps 0 --steps 9 --clip-grad 0 --lr 1e30".split()]
-    environment = {**CLEAN, "PYTHONPATH": str(HERE)}
-    command = [sys.executable, "own.py", *flags]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout.endswith("\nat exit\n")
+    shutil.copy(HERE / "train.py", tmp_path)
+    flags = "--eager --warmup-steps 0 --steps 9 --clip-grad 0 --lr 1e30".split()
+    out, error = run_program(tmp_path, program, *TINY, *flags, code=2)
+    assert out.endswith("\nat exit\n")
     told = "(libibverbs not.*\n)*train.py: loss (nan|inf) at step .: lower --lr\n"
-    assert re.fullmatch(told, run.stderr), run.stderr
+    assert re.fullmatch(told, error), error
     assert (tmp_path / "own.csv").read_text() == "a row"
 
 
@@ -2575,13 +2575,10 @@ if __name__ == "__main__":
 def test_run_trains_classes_of_your_own_from_a_file_of_your_own(tmp_path):
     (tmp_path / "short.py").write_text(OWN_FILE)
     assert read_own(tmp_path / "short.py")["model"].__name__ == "Mine"
-    (tmp_path / "mine.py").write_text(MINE)
-    flags = [*TINY, "--data-parallel", "2", "--eager", "--steps", "1", "--micro-batch-size", "4"]
-    command = [sys.executable, "mine.py", *flags, "--workers", "1", "--output-dir", "out"]
-    environment = {**CLEAN, "PYTHONPATH": str(HERE)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("so is the trainer") == 2 <= run.stdout.count("the model is mine")
+    shutil.copy(HERE / "train.py", tmp_path)
+    flags = [*TINY, "--data-parallel", 2, "--eager", "--steps", 1, "--micro-batch-size", 4]
+    out, _ = run_program(tmp_path, MINE, *flags, "--workers", 1, "--output-dir", "out")
+    assert out.count("so is the trainer") == 2 <= out.count("the model is mine")
     assert metrics(tmp_path / "out")[1] == dict(step=1, mean_target=0.5, images=16, epoch=0.5)
 
 
