@@ -650,7 +650,8 @@ def load(trainer, args):
                 verb = "must not be" if name in fixed else "is"
                 text = f"{path}: {name} was {before!s:.200} and {verb} {now!s:.200}"
                 require(name not in fixed, text)
-                say(text)
+                if resumes:
+                    say(text)
         if resumes:
             load_weights(trainer.model, arrays)
             set_optimizer_state(trainer, arrays, record["step"])
@@ -831,9 +832,7 @@ def run(model=VisionTransformer, trainer=Trainer, data_set=None, score=score_cla
     model: a class that takes the arguments of VisionTransformer. It has `blocks`, `loss_func` and
         `no_weight_decay()`. `forward` returns {"losses": scalar} in training when it is given
         labels, else {"prediction_scores": (b, num_classes)}. It may have `may_be_missing`, parts of
-        the names of weights that --init-from need not have. It may have
-        `zero_gradient_at_first`, parts of the names of weights whose gradient may be 0 in the first
-        step, as that of an adapter's first matrix: the proof in test_vit3d.py asks for it.
+        the names of weights that --init-from need not have.
     trainer: a class that inherits from Trainer.
     data_set: a class, data_set(split, img_size, args) for the splits "train" and "val". It has
         `classes`, `targets` and `self[epoch, index]`, which is ((epoch, index), image, target). An
