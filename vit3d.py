@@ -68,7 +68,7 @@ def prepare_for_oneflow():
 def wait_for_rank_0(seconds=60):
     """Wait until rank 0 listens: a rank that comes earlier sleeps for 10 s in the engine."""
     is_later_rank = int(os.environ.get("RANK") or 0) > 0 and "MASTER_ADDR" in os.environ
-    if not is_later_rank or "oneflow" in sys.modules:  # after the import nobody listens
+    if not is_later_rank or "oneflow" in sys.modules:  # rank 0 listens during its import
         return
     error = None
     deadline = time.monotonic() + seconds
@@ -185,7 +185,7 @@ class Dist:
         return self.stage_placements[self.get_layer_stage_id(layer_idx)]
 
     def get_nd_sbp(self, sbp_list):
-        """[data-parallel entry, tensor-parallel entry] -> the entries of the axes above 1."""
+        """[data-parallel entry, tensor-parallel entry] -> those of the axes above size 1."""
         return [sbp for sbp, size in zip(sbp_list, self.ranks.shape[:2]) if size > 1] or [B]
 
     def get_hidden_sbp(self):
@@ -270,9 +270,9 @@ class Layer(nn.Module):
         # ZeRO-3 is this move: forward an all-gather, backward a reduce-scatter. The engine aborts
         # on moving a parameter itself, so it moves a copy: `* 1.0`.
         weight = (parameter * 1.0).to_global(sbp=sbp, grad_sbp=parameter.sbp)
-        # This one is for the backward pass, which comes here before it comes to the line above. The
-        # gradient of a norm or a row bias under sequence parallelism is [P, P]. The engine has no
-        # move to [S(0), B] from there: here it becomes [P, B], and above [S(0), B].
+        # The next move is for the backward pass, which comes here first. Under sequence parallelism
+        # the gradient of a norm or a row bias is [P, P], from where the engine has no move to
+        # [S(0), B]. It becomes [P, B] here, and [S(0), B] in the line above.
         return weight.to_global(sbp=sbp, grad_sbp=dist.get_nd_sbp([P, tensor_axis_sbp]))
 
 
@@ -335,8 +335,8 @@ class Linear(Layer):
         full = dist.get_nd_sbp([S(0), B])
         hidden = dist.get_hidden_sbp()
         split = dist.get_nd_sbp([S(0), S(x.ndim - 1)])
-        # x, its gradient, y, its gradient. (If that of y had another sbp, the engine would move W
-        # for dy W, and it aborts on moving a parameter: see `gather`.)
+        # x, its gradient, y, its gradient. (If the gradient of y had another sbp, the engine would
+        # move W to compute dy W, and abort: see `gather`.)
         x_sbp, x_grad_sbp, y_sbp, y_grad_sbp = {
             "data": (full, full, full, full),
             "col": (full, hidden, split, split),
@@ -368,10 +368,10 @@ class LayerNorm(Layer):
 class Dropout(nn.Module):
     """Zero an element with probability p and scale the others by 1 / (1 - p), when training.
 
-    On every mesh the mask is the one that a single process would draw in the same mode (in eager
-    mode for the same number of micro-batches). For this each rank of the stage draws the numbers of
-    the whole batch, and keeps its slice. The ranks of other stages compute nothing, but `flow.rand`
-    moves their generators on, too, so all stay alike.
+    On every mesh the mask is the one that a single process draws. (Eager mode has other masks than
+    a graph, and they depend on the number of micro-batches.) For this each rank of the stage draws
+    the numbers of the whole batch, and keeps its slice. The ranks of other stages compute nothing,
+    but `flow.rand` moves their generators on, too, so all stay alike.
     (The engine's own `nn.Dropout` gives the same mask to all dropouts of one shape.)
     """
 
@@ -721,7 +721,7 @@ def resize_pos_embed(pos_embed, model):
     fits = tokens == 1 + height * width
     if fits and (height == width or not is_square):
         return pos_embed
-    # 4 x 4 patches are as many as 2 x 8, and nothing tells which they are.
+    # Where the number of tokens fits, it may be of a 4 x 4 grid or of a 2 x 8 grid: refused.
     error_message = f"pos_embed of {tokens} tokens is of no square, or may be of {height} x {width}"
     require(is_square and not fits, error_message)
     planes = pos_embed[0, 1:].reshape(old, old, -1).astype(np.float32).transpose(2, 0, 1)
@@ -828,7 +828,7 @@ def require_equal_copies(model):
         whole = [axis for axis, entry in enumerate(tensor.sbp) if entry == B]
         if all((sums == sums.take([0], axis)).all() for axis in whole):
             continue
-        # All copies along a new dimension 0: B becomes S(0), and S(i) becomes S(i + 1).
+        # The copies are stacked along a new dimension 0: B becomes S(0), S(i) becomes S(i + 1).
         next_split = {S(i): S(i + 1) for i in range(tensor.ndim)}
         sbp = [next_split.get(entry, S(0)) for entry in tensor.sbp]
         copies = part.unsqueeze(0).to_global(placement=tensor.placement, sbp=sbp)
