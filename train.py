@@ -209,7 +209,7 @@ def load_batches(data_set, keys, args, is_training=False):
     loader = DataLoader(
         data_set, batch_sampler=keys, multiprocessing_context=get_context("fork"),
         num_workers=workers, worker_init_fn=start_reader,
-        collate_fn=lambda samples: make_batch(samples, args, mixup),
+        collate_fn=lambda samples: make_batch(samples, data_set, args, mixup),
     )
     return iter(loader)
 
@@ -238,9 +238,7 @@ def evaluate(model, data_set, args, score):
     model.eval()
     with flow.no_grad():
         for batch in batches:
-            images, labels = next(arrays)
-            same = args.own_score or np.array_equal(labels, targets[batch[replica]])
-            require(same, f"`targets` of images {batch[replica]} are not what they come with")
+            images, _ = next(arrays)
             logits = full_array(model(batch_to_global(images, 0))["prediction_scores"])
             scores.append(score(logits, targets[batch.flatten()]))
     for module, mode in modes:
@@ -248,7 +246,7 @@ def evaluate(model, data_set, args, score):
     means = {}
     for name in scores[0]:
         shapes = {np.shape(part[name]) for part in scores}
-        fits = shapes == {batches[0].flatten().shape} and name not in ("step", "loss", "images")
+        fits = shapes == {(batches[0].size,)} and name not in ("step", "loss", "images")
         require(fits, f"score must give a number for each image, not {name} of shape {shapes}")
         values = np.concatenate([part[name] for part in scores])
         means[name] = float(values[:length].mean())  # without what filled the last batch
@@ -417,7 +415,7 @@ def start_reader(_):
     ctypes.CDLL(None).prctl(1, 9)  # as in `launch`
 
 
-def make_batch(samples, args, mixup):
+def make_batch(samples, data_set, args, mixup):
     """[(key, image, target)] -> images (b, 3, h, w), labels (b,) or, mixed, (b, classes)."""
     keys, images, labels = zip(*samples)
     for key, image in zip(keys, images):
@@ -425,10 +423,9 @@ def make_batch(samples, args, mixup):
         require(same, f"image {key} is {image.shape}, and another one {images[0].shape}")
     images = np.stack(images)
     labels = np.array(labels)
-    if not args.own_score:  # then labels are classes; the engine's loss would leave others out
-        is_class = labels.ndim == 1 and labels.dtype.kind in "iu"
-        is_class = is_class and 0 <= labels.min() and labels.max() < args.num_classes
-        require(is_class, f"one of the targets {labels} of the images {keys} is no class"[:500])
+    if not args.own_score:  # `look_at` has seen that all of `targets` are classes
+        same = np.array_equal(labels, [data_set.targets[index] for _, index in keys])
+        require(same, f"images {keys} have the targets {labels}, others than in `targets`"[:500])
         labels = labels.astype(np.int64)  # the engine's loss takes no uint8
     if mixup is None:
         return images, labels
