@@ -410,9 +410,10 @@ def new_mixup(args):
 
 
 def start_reader(_):
-    """Leave Ctrl-C to the run, and end with it. (The engine's handler would end the reader.)"""
+    """Leave Ctrl-C to the run, which may ignore it, and end with the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, 9)  # as in `launch`
+    # As in `launch`. At SIGTERM the engine's handler frees the reader's shared memory.
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def make_batch(samples, data_set, args, mixup):
