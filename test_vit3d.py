@@ -1923,6 +1923,9 @@ def test_weights_of_others_load_without_a_head_and_in_half_precision_or_are_told
     ):
         save_file({**weights, "norm.bias": value}, path)
         refuses(message, *run, path)
+    header = json.dumps({"norm.bias": dict(dtype="BF16", shape=[1], data_offsets=[0, 2])}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    refuses("a.safetensors must be a whole .npz or .safetensors file: .*bfloat16", *run, path)
 
 
 def test_a_fine_tuning_that_is_started_again_goes_on_from_its_own_checkpoint(tmp_path):
