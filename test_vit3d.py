@@ -2797,7 +2797,8 @@ def row_of_slopes():
     """Is the gradient that of the loss?"""
     if loss_of() != loss_of():
         return "the gradient is not compared: one seed gives two losses, as with nn.Dropout"
-    bound, note = 1e-4, ""
+    bound = 1e-4
+    note = ""
     try:
         found, other = (slopes(flow.float64, step) for step in (1e-6, 2e-6))
         # What is computed in float32 on the way jumps: then the step matters.
@@ -2805,7 +2806,8 @@ def row_of_slopes():
     except Exception:  # such as a product with a constant in float32
         is_smooth = False
     if not is_smooth:
-        bound, note = 0.1, " (to 0.1, as a part of the model takes no float64)"
+        bound = 0.1
+        note = " (to 0.1, as a part of the model takes no float64)"
         found = slopes(flow.float32, 3e-3)
     for name, (slope, own, gap) in found.items():
         if not gap < bound:
@@ -2818,11 +2820,12 @@ def row_of_slopes():
 def print_proof_of_mine(path, flags, processes):
     """Three rows of one process, then one for each mesh and mode. -> were all of them right?"""
     os.environ["VIT3D_MINE"] = json.dumps([str(Path(path).resolve()), *flags])
-    one, wrong = (1, 1, 1), []
+    one = (1, 1, 1)
+    rows = []  # of each row: is it right?
 
     def tell(text, is_right=True):
         print(text, file=sys.__stdout__, flush=True)
-        wrong.extend([] if is_right else [text])
+        rows.append(is_right)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         set_folder(Path(folder))
@@ -2842,7 +2845,7 @@ def print_proof_of_mine(path, flags, processes):
                 if errors and "did not come to its end" in errors[0]:
                     text = errors[0].partition(":")[0]  # this case, or one before it, hung
                 tell(name + text, not errors and IN_README not in text)
-    return not wrong
+    return all(rows)
 
 
 class WithLine(VisionTransformer):
